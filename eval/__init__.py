@@ -1,0 +1,1 @@
+"""Evaluation: `suite` runs it, `statistics` gives intervals, `report` the page. `python -m eval recipe.yaml`."""

@@ -1,0 +1,116 @@
+"""pass@1 and greedy accuracy on held-out problems, graded by the same function that rewards the training."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data.sources import to_prompts
+from eval.statistics import Estimate, estimate
+from posttrain.recipe import EvalSection
+from posttrain.records import section_records
+from posttrain.types import Completion, Prompt, SamplingParams
+from rewards import RewardFunction, score_completion
+
+Generate = Callable[[Sequence[Prompt], SamplingParams], list[list[Completion]]]
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """What an evaluation found."""
+
+    pass_at_1: Estimate  # sampled at the recipe's temperature
+    greedy: Estimate | None
+    by_level: dict[str, Estimate]  # "task/level" -> sampled pass@1
+    completion_length_mean: float  # tokens, sampled
+    truncated_fraction: float  # of the sampled completions
+    rows: list[dict[str, Any]]  # every completion
+
+    def to_dict(self) -> dict[str, Any]:
+        """For summary.json; the completions are left out."""
+        return {
+            "pass_at_1": self.pass_at_1.to_dict(),
+            "greedy": self.greedy.to_dict() if self.greedy else None,
+            "by_level": {name: found.to_dict() for name, found in self.by_level.items()},
+            "completion_length_mean": self.completion_length_mean,
+            "truncated_fraction": self.truncated_fraction,
+        }
+
+
+def eval_prompts(section: EvalSection, tokenizer: Any) -> tuple[Prompt, ...]:
+    """The held-out problems, in the order of the recipe."""
+    prompts: list[Prompt] = []
+    for dataset in section.datasets:
+        split = "eval" if dataset.task is not None else "test"
+        prompts.extend(to_prompts(section_records(dataset, split, section.seed), tokenizer))
+    return tuple(prompts)
+
+
+def evaluate(section: EvalSection, prompts: Sequence[Prompt], generate: Generate) -> EvalResult:
+    """Generate, grade and count.
+
+    Args:
+        section: how many samples, the grader, lengths and temperature.
+        prompts: the problems.
+        generate: draws completions, e.g. `SamplerPool.generate`.
+    """
+    reward = section.reward
+    grader = RewardFunction(reward.label, reward.func, reward.weight, dict(reward.kwargs))
+    sampled = generate(
+        prompts, SamplingParams(section.max_completion_length, section.temperature, num_generations=section.num_samples)
+    )
+    greedy = generate(prompts, SamplingParams(section.max_completion_length, 0.0)) if section.greedy else None
+    scores = _grade(grader, prompts, sampled)
+    kinds: dict[str, list[list[float]]] = {}
+    for prompt, scores_N in zip(prompts, scores, strict=True):
+        kinds.setdefault(_kind(prompt), []).append(scores_N)
+    rows = _rows(prompts, sampled, scores, "sampled")
+    greedy_scores = None
+    if greedy is not None:
+        greedy_scores = _grade(grader, prompts, greedy)
+        rows += _rows(prompts, greedy, greedy_scores, "greedy")
+    completions = [completion for group in sampled for completion in group]
+    return EvalResult(
+        pass_at_1=estimate(scores),
+        greedy=estimate(greedy_scores) if greedy_scores is not None else None,
+        by_level={kind: estimate(of_kind) for kind, of_kind in kinds.items()},
+        completion_length_mean=statistics.fmean(len(c.token_ids) for c in completions),
+        truncated_fraction=statistics.fmean(c.finish_reason == "length" for c in completions),
+        rows=rows,
+    )
+
+
+def _kind(prompt: Prompt) -> str:
+    task, level = prompt.metadata.get("task", "problems"), prompt.metadata.get("level")
+    return f"{task}/{level}" if level is not None else str(task)
+
+
+def _grade(
+    grader: RewardFunction, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]
+) -> list[list[float]]:
+    return [
+        [score_completion([grader], prompt, completion)[0].score for completion in group]
+        for prompt, group in zip(prompts, groups, strict=True)
+    ]
+
+
+def _rows(
+    prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], scores: Sequence[Sequence[float]], mode: str
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "mode": mode,
+            "prompt_id": prompt.id,
+            "kind": _kind(prompt),
+            "prompt": prompt.messages[-1]["content"],
+            "completion": completion.text,
+            "answer": prompt.answer,
+            "score": score,
+            "finish_reason": completion.finish_reason,
+            "length": len(completion.token_ids),
+        }
+        for prompt, group, scores_N in zip(prompts, groups, scores, strict=True)
+        for completion, score in zip(group, scores_N, strict=True)
+    ]

@@ -1,0 +1,304 @@
+"""Ray: sessions, the sampler pool and the learner group. The only file that imports ray.
+
+Algorithms see four verbs: `SamplerPool.generate`, `LearnerGroup.forward_backward`, `LearnerGroup.optim_step` and
+`posttrain.weights.Publisher.publish`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from posttrain.errors import ParityError, RunStopped
+from posttrain.metrics import Metric, merge
+from posttrain.packing import pack
+from posttrain.recipe import AlgorithmSection, LearnerSection, ModelSection, SamplerSection
+from posttrain.types import Completion, Prompt, Sample, SamplingParams, TrainBatch
+from posttrain.weights import Digest, LoadReport, WeightSnapshot, canary_sample, to_chunks
+
+if TYPE_CHECKING:
+    from posttrain.learner import Scores
+
+
+@contextmanager
+def session(address: str | None, num_cpus: float) -> Iterator[None]:
+    """A connection to Ray for the length of the block.
+
+    Joins the cluster at `address`, or that of the surrounding Ray job, or starts a local one that is shut down at the
+    end with all its processes.
+
+    Args:
+        address: of a running cluster; None as said above.
+        num_cpus: what the actors will reserve, so that a local Ray has at least that.
+
+    Raises:
+        RunStopped: the cluster has too few CPUs for the actors.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, log_to_driver=False, logging_level="warning")
+    else:
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.999)),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+        )
+    try:
+        available = ray.cluster_resources().get("CPU", 0)
+        if available < num_cpus:
+            raise RunStopped(
+                f"the Ray cluster has {available:g} CPUs and this recipe reserves {num_cpus:g}; add nodes, or lower "
+                f"sampler.num_workers, sampler.num_cpus or learner.num_workers"
+            )
+        yield
+    finally:
+        ray.shutdown()
+
+
+# --- samplers -------------------------------------------------------------------------------------------------------
+
+
+class _SamplerActor:
+    """A `posttrain.sampler.Sampler` in a process of its own."""
+
+    def __init__(self, model: ModelSection, section: SamplerSection, seed: int, skip_version: int | None) -> None:
+        from posttrain.sampler import Sampler
+
+        assert model.model_name_or_path is not None
+        self._sampler = Sampler(
+            model.model_name_or_path,
+            dtype=model.dtype,
+            max_model_len=section.max_model_len,
+            max_num_seqs=section.max_num_seqs,
+            gpu_memory_utilization=section.gpu_memory_utilization,
+            trust_remote_code=model.trust_remote_code,
+            seed=seed,
+        )
+        self._skip_version = skip_version
+
+    def ready(self) -> str:
+        return ray.get_runtime_context().get_node_id()
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+        return self._sampler.generate(prompts, params)
+
+    def load_weights(self, snapshot: WeightSnapshot, canary: Sequence[tuple[int, ...]]) -> LoadReport:
+        start = time.perf_counter()
+        digest = Digest()
+        tensors = []
+        for handle in snapshot.chunks:
+            chunk = ray.get(handle)
+            digest.add(chunk)
+            tensors.extend((wire.name, wire.tensor()) for wire in chunk)
+        if snapshot.version != self._skip_version:
+            self._sampler.update_weights(tensors, snapshot.version)
+        seconds = time.perf_counter() - start
+        scored = self._sampler.prompt_logprobs(canary)
+        samples = tuple(
+            canary_sample(sequence, logprobs, experts)
+            for sequence, (logprobs, experts) in zip(canary, scored, strict=True)
+        )
+        return LoadReport(snapshot.version, digest.hexdigest(), seconds, samples)
+
+
+class SamplerPool:
+    """The samplers. Prompts go only to those whose receipt for the current version is valid."""
+
+    def __init__(self, model: ModelSection, section: SamplerSection, seed: int, skip_version: int | None = None) -> None:
+        from posttrain.sampler import engine_environment
+
+        actor = ray.remote(_SamplerActor)
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+        self._actors = [
+            actor.options(
+                num_cpus=section.num_cpus,
+                num_gpus=gpus,
+                runtime_env={"env_vars": engine_environment(section.num_threads, section.kv_cache_gib)},
+            ).remote(model, section, seed + index, skip_version)
+            for index in range(section.num_workers)
+        ]
+        self._admitted = list(range(section.num_workers))
+        self._timeout = section.start_timeout_seconds
+
+    def wait_until_ready(self) -> list[str]:
+        """Wait for the engines. Returns the Ray node id of each.
+
+        Raises:
+            RunStopped: an engine did not start in time.
+        """
+        try:
+            return ray.get([actor.ready.remote() for actor in self._actors], timeout=self._timeout)
+        except ray.exceptions.GetTimeoutError:
+            raise RunStopped(
+                f"a sampler was not ready after {self._timeout:g} s: raise sampler.start_timeout_seconds, or look at "
+                f"the actor's log in Ray's session directory; is there room for {len(self._actors)} sampler(s)?"
+            ) from None
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+        """Sample on all admitted samplers; completions come in the order of the prompts.
+
+        Raises:
+            ParityError: no sampler holds a proved copy of the current policy.
+        """
+        if not self._admitted:
+            raise ParityError("no sampler has a valid receipt for the current version, so none may generate")
+        parts = [list(range(turn, len(prompts), len(self._admitted))) for turn in range(len(self._admitted))]
+        calls = [
+            self._actors[index].generate.remote([prompts[place] for place in part], params)
+            for index, part in zip(self._admitted, parts, strict=True)
+            if part
+        ]
+        completions: list[list[Completion]] = [[] for _ in prompts]
+        for part, result in zip((part for part in parts if part), ray.get(calls), strict=True):
+            for place, group in zip(part, result, strict=True):
+                completions[place] = group
+        return completions
+
+    def load_weights(self, snapshot: WeightSnapshot, canary: Sequence[tuple[int, ...]]) -> list[LoadReport]:
+        """Load a snapshot on every sampler. None gets prompts until `admit`."""
+        self._admitted = []
+        return ray.get([actor.load_weights.remote(snapshot, canary) for actor in self._actors])
+
+    def admit(self, version: int, samplers: Sequence[int]) -> None:
+        """These samplers have proved that they hold `version`."""
+        self._admitted = list(samplers)
+        self.version = version
+
+    def stop(self) -> None:
+        """End the engines and give back their memory."""
+        for actor in self._actors:
+            ray.kill(actor)
+
+
+# --- learner --------------------------------------------------------------------------------------------------------
+
+
+class _LearnerActor:
+    """A `posttrain.learner.Learner` rank in a process of its own."""
+
+    def __init__(self) -> None:
+        self._learner: Any = None
+
+    def address(self) -> tuple[str, int]:
+        """Where this process can be reached, and a free port."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, environment: dict[str, str], arguments: dict[str, Any]) -> str:
+        os.environ.update(environment)
+        import torch
+
+        from posttrain.learner import Learner
+
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+        self._learner = Learner(**arguments)
+        return ray.get_runtime_context().get_node_id()
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._learner, method)(*args, **kwargs)
+
+    def score(self, batch: TrainBatch, samples: Sequence[Sample], settings: dict[str, Any]) -> Scores:
+        return self._learner.score(batch, samples, **settings)
+
+    def export_weights(self, version: int) -> WeightSnapshot:
+        digest = Digest()
+        handles = []
+        for chunk in to_chunks(self._learner.checkpoint_tensors()):
+            digest.add(chunk)
+            handles.append(ray.put(chunk))
+        return WeightSnapshot(version, digest.hexdigest(), digest.num_bytes, tuple(handles))
+
+
+class LearnerGroup:
+    """The learner's ranks behind one set of calls. How samples are laid out in memory is decided here."""
+
+    def __init__(self, section: LearnerSection, **arguments: Any) -> None:
+        gpus = section.num_gpus
+        if gpus is None:
+            gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+        self.world_size = section.num_workers
+        self._section = section
+        threads = str(section.num_threads)
+        # torch reads its thread settings when it is imported, which unpickling may do before `start` runs.
+        quiet = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+        actor = ray.remote(_LearnerActor).options(
+            num_cpus=section.num_cpus, num_gpus=gpus, runtime_env={"env_vars": quiet}
+        )
+        self._actors = [actor.remote() for _ in range(self.world_size)]
+        host, port = ray.get(self._actors[0].address.remote())
+        starts = []
+        for rank, handle in enumerate(self._actors):
+            environment = {"OMP_NUM_THREADS": threads}
+            if self.world_size > 1:
+                environment |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": "0",
+                    "WORLD_SIZE": str(self.world_size),
+                    "LOCAL_WORLD_SIZE": "1",
+                    "MASTER_ADDR": host,
+                    "MASTER_PORT": str(port),
+                }
+            starts.append(handle.start.remote(environment, {"learner": section, **arguments}))
+        self._starts = starts
+
+    def wait_until_ready(self) -> list[str]:
+        """Wait for the ranks. Returns the Ray node id of each."""
+        return ray.get(self._starts)
+
+    def forward_backward(self, samples: Sequence[Sample], algorithm: AlgorithmSection) -> dict[str, Metric]:
+        """Pack a minibatch for the ranks and accumulate its gradient. Means over the whole minibatch."""
+        parts = ray.get(
+            [
+                actor.call.remote("forward_backward", batch, algorithm)
+                for actor, batch in zip(self._actors, self._pack(samples), strict=True)
+            ]
+        )
+        # Each rank returns its part of the mean.
+        return {name: Metric(metric.value, "mean") for name, metric in merge(parts).items()}
+
+    def optim_step(self) -> dict[str, Metric]:
+        """Clip, step, update the router's bias on every rank."""
+        return ray.get([actor.call.remote("optim_step") for actor in self._actors])[0]
+
+    def score(self, samples: Sequence[Sample], **settings: Any) -> Scores:
+        """`Learner.score` of all ranks together."""
+        shared = ray.put(tuple(samples))
+        calls = [
+            actor.score.remote(batch, shared, settings)
+            for actor, batch in zip(self._actors, self._pack(samples), strict=True)
+        ]
+        return reduce(lambda a, b: a + b, ray.get(calls))
+
+    def export_weights(self, version: int) -> WeightSnapshot:
+        return ray.get(self._actors[0].export_weights.remote(version))
+
+    def save(self, path: str) -> None:
+        """Write the checkpoint files into an existing directory."""
+        ray.get([actor.call.remote("save", path) for actor in self._actors])
+
+    def restore(self, path: str) -> None:
+        ray.get([actor.call.remote("restore", path) for actor in self._actors])
+
+    def gradients(self) -> dict[str, Any]:
+        return ray.get(self._actors[0].call.remote("gradients"))
+
+    def _pack(self, samples: Sequence[Sample]) -> list[TrainBatch]:
+        return pack(
+            samples,
+            world_size=self.world_size,
+            max_tokens_per_microbatch=self._section.max_tokens_per_microbatch,
+            row_length=self._section.row_length,
+            pad_token_id=0,
+        )
+
+
+__all__ = ["LearnerGroup", "SamplerPool", "session"]

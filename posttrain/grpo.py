@@ -1,0 +1,118 @@
+"""Reinforcement learning with GRPO (DeepSeekMath, arXiv 2402.03300; DeepSeek-R1, arXiv 2501.12948).
+
+    python -m posttrain.grpo recipe.yaml [key.path=value ...] [--dry-run] [--resume]
+
+A step: prompts are sampled from by the current policy, rewards score the completions, each completion's advantage is its
+reward relative to its group, and the learner takes one optimizer step per minibatch of the rollout batch. Then the new
+weights are published to the samplers, which is proved before they generate again. Generation and learning take turns, so
+the sampler's policy is the learner's policy (lag 0), and that is measured on every trained token.
+
+Departures from the paper, each a key of the recipe: the loss is a mean over all tokens rather than a mean of per-answer
+means (`algorithm.loss_aggregation: sequence` restores it), and groups whose rewards are all equal may be left out
+(`algorithm.drop_zero_signal_groups`).
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from posttrain import advantages, grpo_job, rollout
+from posttrain.cli import run_stage
+from posttrain.grpo_job import GrpoJob
+from posttrain.interrupt import StopRequest, graceful_stop
+from posttrain.metrics import Metric, merge
+from posttrain.parity import ParityReport, require_parity
+from posttrain.progress import Progress
+from posttrain.recipe import AlgorithmSection, GrpoRecipe
+from posttrain.rollout import Rollout
+from posttrain.types import Sample
+
+
+def run(recipe: GrpoRecipe, *, resume: bool = False) -> int:
+    """Train as the recipe says. Returns the exit code: 0, or 130 when a signal ended the run early."""
+    with graceful_stop() as stop, grpo_job.start(recipe, resume=resume) as job:
+        before = job.evaluate()
+        with Progress("grpo", recipe.max_steps) as progress:
+            train(job, stop, progress)
+        after = None if stop else job.evaluate()
+        job.finish(before, after)
+    return 130 if stop else 0
+
+
+def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
+    """The loop, from the step the job stands at to the last."""
+    recipe = job.recipe
+    rollouts = rollout.stream(
+        job.prompts.take, job.samplers, job.rewards, num_prompts=recipe.rollout.num_prompts, params=job.sampling
+    )
+    while job.step < recipe.max_steps and not stop:
+        start = time.perf_counter()
+        batch = next(rollouts)
+        batch_advantages = group_advantages(batch, recipe.algorithm)
+
+        sampled = time.perf_counter()
+        samples, parity = score(batch, batch_advantages, job)
+        require_parity(parity, recipe.parity)
+        learned = learn(samples, job)
+
+        trained = time.perf_counter()
+        receipts = job.publisher.publish(job.step + 1)
+        job.step += 1
+
+        seconds = {
+            "time/learn": trained - sampled,
+            "time/publish": time.perf_counter() - trained,
+            "time/step": time.perf_counter() - start,
+        }
+        job.end_step(batch, batch_advantages, parity, learned, receipts, seconds, progress)
+
+
+def group_advantages(batch: Rollout, algorithm: AlgorithmSection) -> list[tuple[float, ...]]:
+    """[P][G], each completion's advantage within its group."""
+    return [tuple(advantages.group_relative(group.rewards, scale=algorithm.scale_rewards)) for group in batch.groups]
+
+
+def score(batch: Rollout, batch_advantages: Sequence[Sequence[float]], job: GrpoJob) -> tuple[list[Sample], ParityReport]:
+    """The samples to train on, each with the learner's own logprobs (the ratio's old policy) and the reference's."""
+    pairs = list(zip(batch.groups, batch_advantages, strict=True))
+    if job.recipe.algorithm.drop_zero_signal_groups:
+        # When no group has signal all are scored, so that parity is still measured.
+        pairs = [pair for pair in pairs if advantages.has_signal(pair[0].rewards)] or pairs
+    samples = [
+        Sample(group.prompt.token_ids, completion.token_ids, completion.logprobs, advantage, completion.experts_TLK)
+        for group, advantages_G in pairs
+        for completion, advantage in zip(group.completions, advantages_G, strict=True)
+    ]
+    scores = job.learner.score(samples, near_tie_margin=job.recipe.parity.near_tie_margin)
+    scored = [
+        replace(sample, old_logprobs=scores.logprobs[index], ref_logprobs=scores.ref_logprobs.get(index))
+        for index, sample in enumerate(samples)
+    ]
+    return scored, scores.parity
+
+
+def learn(samples: list[Sample], job: GrpoJob) -> dict[str, Metric]:
+    """One optimizer step per minibatch; the minibatches are random parts of the rollout batch."""
+    algorithm = job.recipe.algorithm
+    generator = random.Random(f"{job.recipe.seed}/{job.step}")
+    metrics = []
+    for _ in range(algorithm.num_iterations):
+        order = generator.sample(samples, len(samples))
+        for part in range(algorithm.num_minibatches):
+            minibatch = order[part :: algorithm.num_minibatches]
+            if any(sample.advantage for sample in minibatch):
+                losses = job.learner.forward_backward(minibatch, algorithm)
+                metrics.append({**losses, **job.learner.optim_step()})
+    return merge(metrics)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_stage("grpo", run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""What a GRPO run holds between steps, and how it is put together, logged, saved, evaluated and ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.sources import PromptStream
+from eval.report import write_report
+from eval.suite import EvalResult, eval_prompts, evaluate
+from posttrain import checkpoint
+from posttrain.errors import RunStopped
+from posttrain.metrics import Metric, MetricsLog
+from posttrain.parity import ParityReport
+from posttrain.progress import Progress, before_after_table, paths_written
+from posttrain.recipe import GrpoRecipe, dump_recipe
+from posttrain.records import load_records
+from posttrain.rollout import Rollout
+from posttrain.run_dir import RunDir
+from posttrain.types import SamplingParams
+from rewards import RewardFunction
+
+if TYPE_CHECKING:
+    from posttrain.cluster import LearnerGroup, SamplerPool
+    from posttrain.weights import Publisher, Receipt
+
+
+@dataclass
+class GrpoJob:
+    """The state of a run. `step` is also the policy version: both count publications after the first."""
+
+    recipe: GrpoRecipe
+    run_dir: RunDir
+    log: MetricsLog
+    tokenizer: Any
+    prompts: PromptStream
+    rewards: tuple[RewardFunction, ...]
+    learner: LearnerGroup
+    samplers: SamplerPool
+    publisher: Publisher
+    step: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    last_metrics: dict[str, Metric] = field(default_factory=dict)
+    saved_step: int = -1
+
+    @property
+    def sampling(self) -> SamplingParams:
+        drawn = self.recipe.rollout
+        return SamplingParams(
+            max_completion_length=drawn.max_completion_length,
+            temperature=drawn.temperature,
+            top_p=drawn.top_p,
+            top_k=drawn.top_k,
+            num_generations=drawn.num_generations,
+        )
+
+    def end_step(
+        self,
+        batch: Rollout,
+        advantages: Sequence[Sequence[float]],
+        parity: ParityReport,
+        learned: dict[str, Metric],
+        receipts: Sequence[Receipt],
+        seconds: dict[str, float],
+        progress: Progress,
+    ) -> None:
+        """Log the step that just ended, show it, and save when it is time."""
+        from posttrain.weights import publication_metrics
+
+        samples = len(batch.completions)
+        tokens = sum(len(completion.token_ids) for completion in batch.completions)
+        metrics = {
+            **batch.metrics(self.step - 1),
+            **parity.metrics(),
+            **learned,
+            **publication_metrics(receipts),
+            **{name: Metric(value, "mean") for name, value in seconds.items()},
+            "throughput/samples_per_second": Metric(samples / seconds["time/step"], "mean"),
+            "throughput/tokens_per_second": Metric(tokens / seconds["time/step"], "mean"),
+        }
+        eval_steps = self.recipe.eval.eval_steps if self.recipe.eval else 0
+        if eval_steps and self.step % eval_steps == 0 and self.step < self.recipe.max_steps:
+            result = self.evaluate()
+            assert result is not None
+            metrics["eval/pass_at_1"] = Metric(result.pass_at_1.value, "last")
+        self.log.log(self.step, metrics)
+        self.run_dir.write_samples(self.step, batch.groups, advantages)
+        self.last_metrics = metrics
+        progress.update(self.step, metrics)
+        save_steps = self.recipe.checkpoint.save_steps
+        # The first step is always saved: a full disk or a missing permission shows before hours are spent.
+        if self.step == 1 or (save_steps and self.step % save_steps == 0):
+            self.save()
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step."""
+        self.saved_step = self.step
+        return checkpoint.save(
+            self.run_dir.checkpoints,
+            self.step,
+            self.learner.save,
+            {"prompts": self.prompts.state()},
+            keep=self.recipe.checkpoint.save_total_limit,
+        )
+
+    def evaluate(self) -> EvalResult | None:
+        """pass@1 and greedy accuracy of the policy that the samplers hold; None without an `eval` section."""
+        section = self.recipe.eval
+        if section is None:
+            return None
+        return evaluate(section, eval_prompts(section, self.tokenizer), self.samplers.generate)
+
+    def finish(self, before: EvalResult | None, after: EvalResult | None) -> None:
+        """Save, write summary and report, and show what came of the run."""
+        if self.saved_step != self.step:
+            self.save()
+        results = {name: r.to_dict() for name, r in (("before", before), ("after", after)) if r is not None}
+        self.run_dir.write_summary(
+            {
+                "stage": "grpo",
+                "seconds": time.perf_counter() - self.started,
+                "steps": self.step,
+                "finished": self.step >= self.recipe.max_steps,
+                "metrics": {name: metric.value for name, metric in self.last_metrics.items()},
+                "eval": results,
+            }
+        )
+        for name, result in (("before", before), ("after", after)):
+            if result is not None:
+                self.run_dir.write_eval_samples(name, result)
+        report = write_report(self.run_dir.path)
+        if results:
+            before_after_table(results)
+        paths_written(self.run_dir.path, [self.run_dir.checkpoints / checkpoint.LATEST, report])
+
+
+@contextmanager
+def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
+    """Start Ray, learner and samplers, publish the first version, and stop all of it at the end.
+
+    Raises:
+        RunStopped: resuming without a whole checkpoint.
+        ParityError: the samplers do not hold the learner's weights at the start.
+    """
+    from posttrain.cluster import LearnerGroup, SamplerPool, session
+    from posttrain.model.load import load_tokenizer
+    from posttrain.weights import Publisher, canary_sequences
+
+    run_dir = RunDir(recipe.run_dir)
+    run_dir.write_recipe(dump_recipe(recipe))
+    run_dir.write_environment(recipe.seed)
+    found = _resume_from(run_dir) if resume else None
+    path = str(found) if found else recipe.model.model_name_or_path
+    model = recipe.model.model_copy(update={"model_name_or_path": path})
+    assert path is not None
+    tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
+    prompts = PromptStream(load_records(recipe.datasets, "train", recipe.seed), tokenizer, recipe.seed)
+    functions = tuple(RewardFunction(r.label, r.func, r.weight, dict(r.kwargs)) for r in recipe.rewards)
+    num_cpus = recipe.learner.num_workers * recipe.learner.num_cpus + recipe.sampler.num_workers * recipe.sampler.num_cpus
+    with session(recipe.ray_address, num_cpus):
+        samplers = SamplerPool(model, recipe.sampler, recipe.seed, skip_version=recipe.faults.skip_publication)
+        learner = LearnerGroup(
+            recipe.learner,
+            model=model,
+            optimizer=recipe.optimizer,
+            reference_path=recipe.model.model_name_or_path if recipe.algorithm.beta else None,
+            bias_update_speed=recipe.router.bias_update_speed,
+            temperature=recipe.rollout.temperature,
+            total_steps=recipe.max_steps * recipe.algorithm.num_minibatches * recipe.algorithm.num_iterations,
+            seed=recipe.seed,
+        )
+        learner.wait_until_ready()
+        samplers.wait_until_ready()
+        canary = canary_sequences(
+            len(tokenizer), recipe.parity.canary_sequences, recipe.parity.canary_length, recipe.seed
+        )
+        publisher = Publisher(learner, samplers, recipe.parity, canary)
+        step = 0
+        if found:
+            progress = checkpoint.load_progress(found)
+            step = progress["step"]
+            learner.restore(str(found.resolve()))
+            prompts.restore(progress["prompts"])
+        log = MetricsLog(run_dir.path, recipe.report_to, resume_step=step if resume else None)
+        publisher.publish(step)
+        yield GrpoJob(
+            recipe, run_dir, log, tokenizer, prompts, functions, learner, samplers, publisher, step, saved_step=step
+        )
+
+
+def _resume_from(run_dir: RunDir) -> Path:
+    found = checkpoint.whole(run_dir.checkpoints)
+    if not found:
+        raise RunStopped(f"--resume: no whole checkpoint in {run_dir.checkpoints}; start without --resume")
+    return found[-1]

@@ -1,0 +1,104 @@
+"""Metrics: a number that knows how it is reduced, and the one place where a step is logged."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.errors import RunStopped
+
+Reduction = Literal["mean", "sum", "max", "min", "last"]
+
+_REDUCE: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "mean": statistics.fmean,
+    "sum": math.fsum,
+    "max": lambda values: math.nan if any(math.isnan(value) for value in values) else max(values),
+    "min": lambda values: math.nan if any(math.isnan(value) for value in values) else min(values),
+    "last": lambda values: values[-1],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A value and how several of its kind become one."""
+
+    value: float
+    reduction: Reduction
+
+
+def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
+    """Reduce metrics of the same name, from ranks or minibatches, each by its own reduction.
+
+    Raises:
+        ValueError: one name comes with two reductions.
+    """
+    gathered: dict[str, list[Metric]] = {}
+    for part in parts:
+        for name, metric in part.items():
+            gathered.setdefault(name, []).append(metric)
+    merged = {}
+    for name, metrics in gathered.items():
+        reductions = {metric.reduction for metric in metrics}
+        if len(reductions) > 1:
+            raise ValueError(f"metric {name!r} is reduced in two ways, {sorted(reductions)}; choose one")
+        reduction = metrics[0].reduction
+        merged[name] = Metric(_REDUCE[reduction]([metric.value for metric in metrics]), reduction)
+    return merged
+
+
+class MetricsLog:
+    """metrics.jsonl, one object per step, and the trackers that the recipe names.
+
+    Args:
+        run_dir: where metrics.jsonl is.
+        report_to: "tensorboard", "wandb".
+        resume_step: go on after this step, dropping lines of later steps; None starts a new file.
+
+    Raises:
+        RunStopped: a tracker's package is not installed.
+    """
+
+    def __init__(self, run_dir: Path, report_to: Sequence[str] = (), resume_step: int | None = None) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._before = 0.0
+        kept: list[str] = []
+        if resume_step is not None and self._path.exists():
+            # A crash may have torn the last line: without its newline it is not kept.
+            lines = [line for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= resume_step]
+            self._before = json.loads(kept[-1])["seconds"] if kept else 0.0
+        self._path.write_text("".join(kept))
+        self._start = time.perf_counter()
+        self._trackers = [_tracker(name, run_dir) for name in report_to]
+
+    def log(self, step: int, metrics: Mapping[str, Metric]) -> None:
+        """Write one step. A value that is not finite is written as null: JSON has no NaN."""
+        values = {name: metric.value for name, metric in sorted(metrics.items())}
+        seconds = self._before + time.perf_counter() - self._start
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = json.dumps({"step": step, "seconds": round(seconds, 3), **finite})
+        with self._path.open("a") as file:
+            file.write(line + "\n")
+        for tracker in self._trackers:
+            tracker(step, values)
+
+
+def _tracker(name: str, run_dir: Path) -> Callable[[int, Mapping[str, float]], Any]:
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(run_dir / "tensorboard"))
+            return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()]
+        import wandb
+
+        run = wandb.init(project="posttrain", name=run_dir.name, dir=str(run_dir))
+        return lambda step, values: run.log(dict(values), step=step)
+    except ModuleNotFoundError as error:
+        raise RunStopped(f"report_to: {name} needs the package {error.name}; install it or remove {name}") from error

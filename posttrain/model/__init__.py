@@ -1,0 +1,1 @@
+"""The policy: building, loading and saving it (`load`), and its router (`router`)."""

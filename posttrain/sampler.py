@@ -1,0 +1,176 @@
+"""The rollout engine: vLLM behind four calls, `generate`, `prompt_logprobs`, `update_weights` and `version`.
+
+The engine lives in the calling process (a Ray actor in the pipeline, a plain process in tests). Logprobs are those of the
+distribution that is sampled from (temperature, top-p and top-k applied): vLLM's default would ignore all three.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from posttrain.types import Completion, Prompt, SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+
+
+def engine_environment(num_threads: int, kv_cache_gib: float) -> dict[str, str]:
+    """Environment variables that must be set before vLLM is imported in the engine's process."""
+    return {
+        # The engine is stepped by its caller: half the start-up time, and a crash takes the whole actor down.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # An explicit size skips the memory profiling run. Whole GiB is all that vLLM takes.
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(kv_cache_gib))),
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "OMP_NUM_THREADS": str(num_threads),
+        # The learner shares the cores: idle threads must sleep, not spin.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+
+
+class Sampler:
+    """One vLLM engine that holds one version of the policy."""
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        dtype: str,
+        max_model_len: int,
+        max_num_seqs: int,
+        gpu_memory_utilization: float,
+        trust_remote_code: bool,
+        seed: int,
+    ) -> None:
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        settings: dict[str, Any] = {}
+        self._on_cpu = current_platform.is_cpu()
+        if self._on_cpu:
+            # vLLM's CPU kernel for interleaved rotary embedding computes wrong queries; its PyTorch code is right.
+            settings["compilation_config"] = {"custom_ops": ["none"]}
+            settings["enforce_eager"] = True
+        else:
+            settings["gpu_memory_utilization"] = gpu_memory_utilization
+            settings["enable_return_routed_experts"] = True
+        self._llm = LLM(
+            model=model_path,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            trust_remote_code=trust_remote_code,
+            seed=seed,
+            logprobs_mode="processed_logprobs",
+            worker_extension_cls="posttrain.vllm_extension.WorkerExtension",
+            **settings,
+        )
+        self._engine = self._llm.llm_engine
+        self._ids = itertools.count()
+        self._max_model_len = max_model_len
+        self._num_moe_layers = self._rpc("start_routing_capture") if self._on_cpu else 0
+        self.version = 0
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+        """Sample `params.num_generations` completions of every prompt.
+
+        Returns:
+            For each prompt, in order, its completions.
+
+        Raises:
+            ValueError: a prompt leaves no room for a single token.
+        """
+        import vllm
+
+        requests: dict[str, int] = {}
+        for index, prompt in enumerate(prompts):
+            room = self._max_model_len - len(prompt.token_ids) - 1
+            if room < 1:
+                raise ValueError(
+                    f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens and sampler.max_model_len is "
+                    f"{self._max_model_len}: no room for an answer; raise sampler.max_model_len or drop the prompt"
+                )
+            drawn = vllm.SamplingParams(
+                temperature=params.temperature,
+                top_p=params.top_p,
+                top_k=params.top_k,
+                max_tokens=min(params.max_completion_length, room),
+                logprobs=0,
+            )
+            for _ in range(params.num_generations):
+                request_id = str(next(self._ids))
+                self._engine.add_request(request_id, {"prompt_token_ids": list(prompt.token_ids)}, drawn)
+                requests[request_id] = index
+        completions: list[list[Completion]] = [[] for _ in prompts]
+        finished = self._run(requests)
+        for request_id, index in requests.items():
+            output = finished[request_id].outputs[0]
+            completions[index].append(self._completion(request_id, prompts[index], output))
+        return completions
+
+    def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[tuple[list[float], np.ndarray | None]]:
+        """Score given tokens at temperature 1.
+
+        Returns:
+            For each sequence of T tokens, the T - 1 logprobs of its tokens given those before, and the experts of its
+            first T - 1 tokens, int16 [T - 1, L, K] (None for a dense model).
+        """
+        import vllm
+
+        scored = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0)
+        requests: dict[str, int] = {}
+        for index, sequence in enumerate(sequences):
+            request_id = str(next(self._ids))
+            self._engine.add_request(request_id, {"prompt_token_ids": list(sequence)}, scored)
+            requests[request_id] = index
+        finished = self._run(requests)
+        result = []
+        for request_id, index in requests.items():
+            output, tokens = finished[request_id], sequences[index][1:]
+            logprobs = [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], tokens, strict=True)]
+            result.append((logprobs, self._experts(request_id, len(tokens), output.outputs[0])))
+        return result
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Load a whole set of weights (Hugging Face names) in place of the present ones."""
+        self._rpc("load_weights_in_place", weights)
+        self.version = version
+
+    def _run(self, requests: dict[str, int]) -> dict[str, Any]:
+        finished: dict[str, Any] = {}
+        while len(finished) < len(requests):
+            for output in self._engine.step():
+                if output.finished:
+                    finished[output.request_id] = output
+        return finished
+
+    def _completion(self, request_id: str, prompt: Prompt, output: Any) -> Completion:
+        tokens = tuple(output.token_ids)
+        logprobs = tuple(entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True))
+        # The last sampled token was never fed through the model.
+        experts = self._experts(request_id, len(prompt.token_ids) + len(tokens) - 1, output)
+        return Completion(
+            token_ids=tokens,
+            logprobs=logprobs,
+            finish_reason=output.finish_reason,
+            text=output.text,
+            policy_version=self.version,
+            experts_TLK=experts,
+        )
+
+    def _experts(self, request_id: str, num_tokens: int, output: Any) -> np.ndarray | None:
+        if self._on_cpu:
+            return self._rpc("take_routing", request_id, num_tokens) if self._num_moe_layers else None
+        return None if output.routed_experts is None else np.asarray(output.routed_experts, np.int16)[:num_tokens]
+
+    def _rpc(self, method: str, *args: Any) -> Any:
+        return self._llm.collective_rpc(method, args=args)[0]

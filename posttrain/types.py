@@ -1,0 +1,124 @@
+"""What flows through the pipeline: one frozen dataclass per thing, with the shape and unit of every field.
+
+Shape legend, used by names in the whole package:
+  P prompts in a step, G completions per prompt (the group), T tokens of one sample, R rows of a packed microbatch,
+  W tokens of a row (so a microbatch is R x W), L MoE layers, E routed experts, K experts chosen per token, V vocabulary.
+
+One GRPO step in these words: P `Prompt`s go to the sampler, which returns P x G `Completion`s; rewards turn each prompt
+and its completions into one `Group`; the advantage turns a group into G `Sample`s; packing turns the samples of one
+minibatch into a `TrainBatch` of `Microbatch`es.
+
+Example: the prompt "2+3=" (5 tokens) with the completion "<think></think>5" + EOS (4 tokens) is a sample of T = 9
+tokens; its `Completion` holds 4 token ids and 4 logprobs, and `experts_TLK` has shape [8, L, K], because the last
+sampled token is never fed through the model.
+
+This module imports nothing of the project, and neither torch nor numpy at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+FinishReason = Literal["stop", "length", "abort"]
+RewardStatus = Literal["ok", "timeout", "crash", "infrastructure"]
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem, already rendered to tokens."""
+
+    id: str  # unique and stable, e.g. "chain_sum/2/train/17"
+    messages: tuple[Message, ...]  # chat messages, each {"role": ..., "content": ...}
+    token_ids: tuple[int, ...]  # chat template applied, generation prompt included
+    answer: str | None = None  # the reference answer that rewards see
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # e.g. task, level, and what a scorer needs
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How completions are drawn. Greedy is `temperature=0`."""
+
+    max_completion_length: int  # tokens
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps the whole vocabulary
+    num_generations: int = 1  # completions per prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer and everything the learner must know about how it was sampled."""
+
+    token_ids: tuple[int, ...]  # [T_completion], EOS included when finish_reason is "stop"
+    logprobs: tuple[float, ...]  # [T_completion], natural log, under the distribution sampled from (temperature applied)
+    finish_reason: FinishReason  # "length" means truncated at max_completion_length
+    text: str  # decoded, special tokens left out
+    policy_version: int  # number of optimizer publications before this was sampled
+    experts_TLK: np.ndarray | None = None  # int16 [T_prompt + T_completion - 1, L, K], None for a dense model
+
+
+@dataclass(frozen=True, slots=True)
+class RewardResult:
+    """What one reward function says of one completion."""
+
+    score: float  # finite; its range is the function's own, 0 to 1 by convention
+    status: RewardStatus = "ok"
+    detail: str = ""  # for people: why
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt with its G completions and their rewards: the unit that is kept, filtered or re-queued."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]  # [G]
+    rewards: tuple[float, ...]  # [G], the combined reward
+    components: Mapping[str, tuple[float, ...]]  # reward name -> [G], before weights
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What the learner trains on: one completion with its advantage."""
+
+    prompt_ids: tuple[int, ...]  # [T_prompt]
+    completion_ids: tuple[int, ...]  # [T_completion]
+    sampler_logprobs: tuple[float, ...]  # [T_completion], see Completion.logprobs
+    advantage: float
+    experts_TLK: np.ndarray | None = None  # see Completion.experts_TLK
+    old_logprobs: tuple[float, ...] | None = None  # [T_completion], the learner's own before the first minibatch
+    ref_logprobs: tuple[float, ...] | None = None  # [T_completion], the reference policy's
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """R packed rows of W tokens. A row holds whole samples one after the other, then padding.
+
+    Position ids restart at 0 with each sample, which is what keeps samples from attending to each other; padding
+    tokens have position 0 each. Entry [r, w] of the per-token fields speaks of predicting token w from those before it,
+    so a sample's first token carries no loss. Entries outside `loss_mask_RW` are 0.
+    """
+
+    input_ids_RW: torch.Tensor  # int64
+    position_ids_RW: torch.Tensor  # int64
+    sample_ids_RW: torch.Tensor  # int64, index into the batch's samples, -1 for padding
+    loss_mask_RW: torch.Tensor  # bool, True where the token is trained
+    advantages_RW: torch.Tensor  # float32
+    sampler_logprobs_RW: torch.Tensor  # float32
+    old_logprobs_RW: torch.Tensor  # float32
+    ref_logprobs_RW: torch.Tensor  # float32
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """One optimizer step's work for one learner rank. The denominators are global: the same number on every rank."""
+
+    microbatches: tuple[Microbatch, ...]
+    num_loss_tokens: int  # trained tokens of the whole minibatch, over all ranks
+    num_samples: int  # samples of the whole minibatch, over all ranks

@@ -1,0 +1,20 @@
+"""Rewards: functions that score one completion, and the door they come through.
+
+A reward is a function
+
+    def score(completion: str, answer: str | None, **metadata) -> float | RewardResult
+
+named in a recipe as `rewards.task_answer:score` (a module) or `my_rewards/short.py:score` (a file). `completion` is the
+decoded text without special tokens, `answer` the reference, `metadata` what the record carries (task, level, ...) plus
+`finish_reason` ("stop", "length", "abort") and `completion_length` (tokens), plus the recipe's `kwargs`, which win. A
+reward says 0..1 by convention; anything finite is allowed.
+
+Shipped: task_answer, math_answer, exact, format. `python -m rewards.check my_file.py:score` tries a function out.
+From the project this package imports `posttrain.types`, and `data.tasks` for the scorers of generated tasks.
+"""
+
+from __future__ import annotations
+
+from rewards.scoring import Reward, RewardError, RewardFunction, combine, resolve, score_completion, score_group
+
+__all__ = ["Reward", "RewardError", "RewardFunction", "combine", "resolve", "score_completion", "score_group"]

@@ -1,0 +1,56 @@
+"""The other end of `rewards.math_answer`: a process that runs math-verify and can be killed.
+
+math-verify's own time limits use SIGALRM, which works in main threads only, and some expressions (9^9^9^9) hold the
+interpreter for as long as they like. So it runs here, without limits of its own, and whoever asks kills the process.
+
+Run as a script. One JSON object per line on standard input: {"reference", "answer", "timeout"}; one per line back:
+{"verdict": "right" | "wrong" | "bad_reference"}. The first line out is {"verdict": "ready"}.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import resource
+import signal
+import sys
+
+MEMORY_LIMIT = 4 * 2**30  # bytes of address space, for expressions that grow without end
+GRACE = 5  # seconds after which the process ends itself when nobody is left to kill it
+
+
+def judge(reference: str, answer: str) -> str:
+    """Whether two expressions, each put in a box so that it is read whole, are equal: "right" or "wrong".
+
+    "bad_reference" when the reference itself cannot be parsed.
+    """
+    from math_verify import parse, verify
+
+    gold = parse(f"\\boxed{{{reference}}}", parsing_timeout=None)
+    if not gold:
+        return "bad_reference"
+    # math-verify returns an empty list for text that it cannot parse; nothing is caught here.
+    target = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+    return "right" if verify(gold, target, timeout_seconds=None) else "wrong"
+
+
+def main() -> None:
+    """Answer requests until standard input closes."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints must not be taken for a reply
+    logging.disable(logging.WARNING)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    judge("1", "1")  # imports and warms the parser
+    print(json.dumps({"verdict": "ready"}), file=replies, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        signal.alarm(math.ceil(request["timeout"]) + GRACE)
+        verdict = judge(request["reference"], request["answer"])
+        signal.alarm(0)
+        print(json.dumps({"verdict": verdict}), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()

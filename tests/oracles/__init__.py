@@ -1,0 +1,1 @@
+"""Independent implementations that the project's own are tested against."""

@@ -1,0 +1,185 @@
+"""Task families: splits, worked solutions, scorers, sizes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from itertools import islice
+from typing import Literal
+
+import pytest
+
+from data.tasks import TaskItem, get_task, split_of, task_names
+
+CASES = [(name, level) for name in task_names() for level in get_task(name).levels]
+# Calling a level empty of a kind of problem must fail, so each level's own form is spelled out here.
+FORMS = {
+    ("chain_sum", 1): r"\d([+-]\d){1,2}=",
+    ("chain_sum", 2): r"\d([+-]\d){3,4}=",
+    ("chain_sum", 3): r"\d([+-]\d){5,6}=",
+    ("chain_sum", 4): r"\d([+-]\d){7,8}=",
+    ("products", 1): r"\d\*\d=",
+    ("products", 2): r"[1-9]\d\*\d=",
+    ("products", 3): r"[1-9]\d\*[1-9]\d=",
+    ("letter_counting", 1): r"[aelps] in [aelps]{3,5}\?",
+    ("letter_counting", 2): r"[aelps] in [aelps]{6,8}\?",
+    ("letter_counting", 3): r"[aelps] in [aelps]{9,11}\?",
+    ("letter_counting", 4): r"[aelps] in [aelps]{12,14}\?",
+}
+
+
+def train_items(name: str, level: int, size: int = 300) -> list[TaskItem]:
+    return get_task(name).items(level, "train", size, seed=5)
+
+
+def evaluate(expression: str) -> int:
+    """An independent calculator: whole numbers with a sign, * before + and -."""
+    assert re.fullmatch(r"-?\d+([*+-]\d+)*", expression), expression
+    total = 0
+    for sign, product in re.findall(r"([+-]?)(\d+(?:\*\d+)*)", expression):
+        value = 1
+        for factor in product.split("*"):
+            value *= int(factor)
+        total += -value if sign == "-" else value
+    return total
+
+
+def test_the_calculator_of_these_tests() -> None:
+    assert evaluate("4-1-7+7") == 3
+    assert evaluate("-4+2*10-6") == 10
+
+
+@pytest.mark.parametrize(("name", "level"), CASES)
+def test_prompts_have_the_form_of_their_level(name: str, level: int) -> None:
+    assert (name, level) in FORMS
+    for item in train_items(name, level):
+        assert re.fullmatch(FORMS[name, level], item.prompt), item.prompt
+        assert item.metadata["task"] == name
+        assert item.metadata["level"] == level
+
+
+@pytest.mark.parametrize(("name", "level"), CASES)
+def test_splits_share_no_prompt_whatever_the_seed(name: str, level: int) -> None:
+    family = get_task(name)
+    train = {family.item(level, "train", index, seed).prompt for seed in (0, 1, 99) for index in range(700)}
+    held_out = {family.item(level, "eval", index, seed).prompt for seed in (0, 1, 99) for index in range(200)}
+    assert held_out
+    assert not train & held_out
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_an_item_depends_on_its_arguments_only(split: Literal["train", "eval"]) -> None:
+    family = get_task("chain_sum")
+    assert family.item(3, split, 11, 4) == family.item(3, split, 11, 4)
+    assert family.items(3, "train", 20, 4)[11] == family.item(3, "train", 11, 4)
+    different = {family.item(3, split, index, seed).prompt for index in range(10) for seed in range(10)}
+    assert len(different) > 95
+
+
+def test_the_split_rule_is_fixed() -> None:
+    # int(sha256(prompt)) % 10 by coreutils' sha256sum: 9, 7, 4, 0. A change would move problems between the splits of
+    # checkpoints that exist.
+    assert [split_of(prompt) for prompt in ("1+1=", "2+3=", "3-1=", "0+1=")] == ["train", "train", "train", "eval"]
+    share = sum(split_of(f"{a}*{b}=") == "eval" for a in range(100) for b in range(100)) / 10_000
+    assert 0.09 < share < 0.11
+
+
+@pytest.mark.parametrize(("name", "level"), [case for case in CASES if case[0] != "letter_counting"])
+def test_every_step_of_the_arithmetic_is_right_and_leads_to_the_answer(name: str, level: int) -> None:
+    for item in train_items(name, level):
+        steps = [step.split("=") for step in item.worked.split(",")]
+        for left, right in steps:
+            assert evaluate(left) == int(right), item
+        assert steps[-1][1] == item.answer == str(evaluate(item.prompt.removesuffix("=")))
+
+
+def test_chain_sum_is_reasoning_gyms_problem() -> None:
+    import reasoning_gym
+
+    dataset = reasoning_gym.create_dataset("chain_sum", size=50, seed=0, min_terms=4, max_terms=5, max_digits=1)
+    for number, entry in enumerate(dataset):
+        item = get_task("chain_sum").draw(2, number)
+        assert item.answer == entry["answer"]
+        expression = re.search(r"problem: (.*) =$", entry["question"])
+        assert expression is not None
+        assert item.prompt == expression[1].replace(" ", "") + "="
+
+
+def test_running_totals_and_partial_products_by_hand() -> None:
+    from data.tasks.chain_sum import running_totals
+    from data.tasks.letter_counting import running_counts
+    from data.tasks.products import partial_products
+
+    assert running_totals("4-1-7+7") == "4-1=3,3-7=-4,-4+7=3"
+    assert partial_products(47, 6) == "40*6=240,7*6=42,240+42=282"
+    assert partial_products(7, 0) == "7*0=0"
+    assert partial_products(40, 12) == "40*10=400,40*2=80,0*10=0,0*2=0,400+80=480,480+0=480,480+0=480"
+    assert running_counts("e", "sleep") == "s0 l0 e1 e2 p2"
+
+
+@pytest.mark.parametrize("level", get_task("letter_counting").levels)
+def test_letter_counts_lead_to_the_answer(level: int) -> None:
+    for item in train_items("letter_counting", level):
+        letter, word = re.fullmatch(r"(.) in (.*)\?", item.prompt).groups()  # type: ignore[union-attr]
+        steps = item.worked.split(" ")
+        assert "".join(step[0] for step in steps) == word
+        assert [int(step[1:]) for step in steps] == [Counter(word[: n + 1])[letter] for n in range(len(word))]
+        assert item.answer == str(Counter(word)[letter])
+
+
+@pytest.mark.parametrize(("name", "level"), CASES)
+def test_the_reference_scores_one_and_others_do_not(name: str, level: int) -> None:
+    family = get_task(name)
+    for item in train_items(name, level, 100):
+        assert family.score(item.answer, item.answer) == 1.0
+        for wrong in (str(int(item.answer) + 1), item.answer + "1", f"{item.answer} or 1", "", "x", item.worked + "!"):
+            assert family.score(wrong, item.answer) < 1.0, (item, wrong)
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_space_is_the_number_of_prompts(name: str) -> None:
+    family = get_task(name)
+    prompts = list(family.prompts(1))
+    assert len(prompts) == len(set(prompts)) == family.space(1)
+    assert {item.prompt for item in train_items(name, 1)} <= set(prompts)
+    for level in family.levels[1:]:
+        for prompt in islice(family.prompts(level), 50):
+            assert re.fullmatch(FORMS[name, level], prompt)
+
+
+def test_sizes_of_the_spaces_by_hand() -> None:
+    # Two terms within 0..9: 55 sums and 55 differences (zero counts as both). The rest is counted by listing.
+    prompts = list(get_task("chain_sum").prompts(1))
+    assert sum(len(prompt) == 4 for prompt in prompts) == 110
+    assert get_task("chain_sum").space(1) == len(prompts) == len(set(prompts))
+    assert [get_task("products").space(level) for level in (1, 2, 3)] == [100, 900, 8100]
+    assert get_task("letter_counting").space(1) == 5 * (5**3 + 5**4 + 5**5)
+
+
+def test_evaluation_problems_are_distinct_up_to_the_last() -> None:
+    family = get_task("products")
+    available = sum(split_of(prompt) == "eval" for prompt in family.prompts(2))
+    items = family.items(2, "eval", available)
+    assert {item.prompt for item in items} == {p for p in family.prompts(2) if split_of(p) == "eval"}
+    with pytest.raises(ValueError, match=f"level 2 can give exactly {available} distinct eval problems"):
+        family.items(2, "eval", available + 1)
+
+
+def test_far_too_large_evaluation_sets_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="can give up to .* distinct eval problems, not 100000000000"):
+        get_task("chain_sum").items(4, "eval", 10**11)
+
+
+def test_training_sets_may_be_larger_than_the_space() -> None:
+    assert len(get_task("products").items(1, "train", 500)) == 500
+
+
+def test_errors_name_what_is_allowed() -> None:
+    with pytest.raises(ValueError, match="unknown task 'sums'; the tasks are chain_sum, products, letter_counting"):
+        get_task("sums")
+    with pytest.raises(ValueError, match=r"no level 9; its levels are \[1, 2, 3, 4\]"):
+        get_task("chain_sum").item(9, "train", 0)
+    with pytest.raises(ValueError, match="unknown split 'test'"):
+        get_task("chain_sum").items(1, "test", 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="index must be 0 or more"):
+        get_task("chain_sum").item(1, "train", -1)

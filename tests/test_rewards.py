@@ -1,0 +1,389 @@
+"""Reward functions: the contract over every shipped one, each one's judgement, and the door they come through."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from data.chat import format_answer
+from data.sources import task_records
+from posttrain.types import Completion, Prompt, RewardResult
+from rewards import RewardError, RewardFunction, combine, resolve, score_group
+from rewards.check import METADATA, battery, check
+from rewards.check import main as check_main
+from rewards.extract import final_answer, last_boxed, split_answer
+
+SHIPPED = [f"rewards.{name}:score" for name in ("task_answer", "math_answer", "exact", "format")]
+
+
+def completion(text: str) -> Completion:
+    return Completion(tuple(range(len(text))), (-1.0,) * len(text), "stop", text, policy_version=0)
+
+
+def write(tmp_path: Path, source: str, name: str = "mine.py") -> str:
+    path = tmp_path / name
+    path.write_text(source)
+    return str(path)
+
+
+# ---- the contract, over every shipped reward
+
+
+@pytest.mark.parametrize("spec", SHIPPED)
+def test_contract(spec: str) -> None:
+    reward = RewardFunction("r", spec)
+    lines, violations = check(reward, "42", METADATA)
+    assert violations == []
+    assert len(lines) == 1 + len(battery("42"))
+    scores = {name: reward(text, "42", METADATA).score for name, text in battery("42").items()}
+    assert all(0.0 <= score <= 1.0 for score in scores.values())
+    assert scores["right"] == 1.0
+    for bad in ("empty", "empty answer", "answer twice", "text after the answer", "never closed", "tags only"):
+        assert scores[bad] == 0.0, bad
+    judges_the_answer = spec != "rewards.format:score"
+    for wrong in ("wrong", "several answers in one", "very long", "unicode"):
+        assert scores[wrong] == (0.0 if judges_the_answer else 1.0), wrong
+
+
+@pytest.mark.parametrize("spec", SHIPPED)
+def test_shipped_rewards_survive_pickling(spec: str) -> None:
+    reward = pickle.loads(pickle.dumps(RewardFunction("r", spec)))
+    assert reward(format_answer("x", "42"), "42", METADATA) == RewardFunction("r", spec)(
+        format_answer("x", "42"), "42", METADATA
+    )
+
+
+# ---- extraction
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>a</think><answer>3</answer>", ("a", "3")),
+        (" <think>\na </think>\n<answer> 3 </answer>\n", ("a", "3")),
+        ("<think></think><answer></answer>", ("", "")),
+        ("<answer>3</answer>", (None, "3")),
+        ("3", None),
+        ("", None),
+        ("<answer>3", None),
+        ("3</answer>", None),
+        ("</answer>3<answer>", None),
+        ("<answer>3</answer><answer>4</answer>", None),
+        ("<answer>3</answer> or 4", None),
+        ("I say <answer>3</answer>", None),
+        ("<think>a<answer>3</answer>", None),
+        ("<think>a</think>b<answer>3</answer>", None),
+        ("b<think>a</think><answer>3</answer>", None),
+        ("<answer>3</answer><think>a</think>", None),
+        ("<answer><think>a</think>3</answer>", None),
+        ("<think>a<answer>3</answer></think>", None),
+        ("</think>a<think><answer>3</answer>", None),
+        ("<think>a</think><think>b</think><answer>3</answer>", None),
+        ("<think>is <answer>4</answer> it</think><answer>3</answer>", None),
+    ],
+)
+def test_split_answer(text: str, expected: tuple[str | None, str] | None) -> None:
+    assert split_answer(text) == expected
+    assert final_answer(text) == ((expected[1] or None) if expected else None)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"so \boxed{3}.", "3"),
+        (r"\boxed{1} then \boxed{\frac{1}{2}} x", r"\frac{1}{2}"),
+        (r"\boxed{1", None),
+        (r"\boxed{ }", None),
+        ("3", None),
+    ],
+)
+def test_last_boxed(text: str, expected: str | None) -> None:
+    assert last_boxed(text) == expected
+
+
+# ---- each reward's judgement
+
+
+@pytest.mark.parametrize("task", ["chain_sum", "products", "letter_counting"])
+def test_task_answer_gives_worked_and_direct_references_full_score(task: str) -> None:
+    reward = RewardFunction("accuracy", "rewards.task_answer:score")
+    for record in task_records(task, [1, 2, 3], "train", 60, seed=0):
+        assert record.answer is not None
+        for worked in (record.worked, None):
+            assert reward(format_answer(worked, record.answer), record.answer, record.metadata).score == 1.0
+            assert reward(format_answer(worked, record.answer + "1"), record.answer, record.metadata).score == 0.0
+
+
+def test_task_answer_gives_no_partial_credit() -> None:
+    reward = RewardFunction("accuracy", "rewards.task_answer:score")
+    metadata = {"task": "chain_sum"}
+    assert reward("<answer>+07.0</answer>", "7", metadata).score == 1.0  # the generator's own tolerance
+    assert reward("<answer>7 or 8</answer>", "7", metadata).score == 0.0
+    assert reward("<answer>77</answer>", "7", metadata).score == 0.0
+
+
+def test_task_answer_says_which_task_is_unknown() -> None:
+    reward = RewardFunction("accuracy", "rewards.task_answer:score")
+    with pytest.raises(RewardError, match="accuracy.*unknown task 'sums'"):
+        reward("<answer>7</answer>", "7", {"task": "sums"})
+    with pytest.raises(RewardError, match="missing 1 required positional argument: 'task'"):
+        reward("<answer>7</answer>", "7", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [
+        ("<think>x</think><answer>0.5</answer>", r"\frac{1}{2}", 1.0),
+        (r"so it is \boxed{\frac{2}{4}}", "0.5", 1.0),
+        (r"<answer>\boxed{1/2}</answer>", "0.5", 1.0),
+        (r"first \boxed{4}, no: \boxed{3}", "3", 1.0),
+        ("<answer>x^2-1</answer>", "(x-1)(x+1)", 1.0),
+        ("<answer>4</answer>", "3", 0.0),
+        ("<answer>3 or 4 or 5</answer>", "3", 0.0),
+        (r"<answer>\boxed{4} \boxed{3}</answer>", "4", 0.0),
+        ("<answer>3</answer><answer>4</answer>", "3", 0.0),
+        (r"<answer>3</answer> \boxed{3}", "3", 0.0),
+        ("the answer is 3", "3", 0.0),
+        ("<answer>" + "(" * 500 + "</answer>", "3", 0.0),
+    ],
+)
+def test_math_answer(text: str, answer: str, expected: float) -> None:
+    assert RewardFunction("m", "rewards.math_answer:score")(text, answer, {}).score == expected
+
+
+def test_math_answer_stops_what_never_ends_and_goes_on() -> None:
+    reward = RewardFunction("m", "rewards.math_answer:score", kwargs={"timeout_seconds": 0.5})
+    result = reward("<answer>9^{9^{9^{9^{9}}}}</answer>", "3", {})
+    assert (result.score, result.status) == (0.0, "timeout")
+    assert reward("<answer>3.0</answer>", "3", {}).score == 1.0
+
+
+def test_math_answer_works_in_threads() -> None:
+    reward = RewardFunction("m", "rewards.math_answer:score")
+    scores: dict[int, float] = {}
+
+    def judge(number: int) -> None:
+        scores[number] = reward(f"<answer>{number}.0</answer>", "3", {}).score
+
+    threads = [threading.Thread(target=judge, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert scores == {number: float(number == 3) for number in range(6)}
+
+
+def test_math_answer_refuses_a_reference_it_cannot_read() -> None:
+    with pytest.raises(RewardError, match="cannot parse the reference answer ''; correct the data"):
+        RewardFunction("m", "rewards.math_answer:score")("<answer>3</answer>", "", {})
+
+
+def test_exact() -> None:
+    exact = RewardFunction("e", "rewards.exact:score")
+    assert [exact(f"<answer>{text}</answer>", "07", {}).score for text in ("07", " 07 ", "7")] == [1.0, 1.0, 0.0]
+    bare = RewardFunction("e", "rewards.exact:score", kwargs={"answer_tags": False})
+    assert [bare(text, "07", {}).score for text in (" 07\n", "<answer>07</answer>")] == [1.0, 0.0]
+
+
+def test_format() -> None:
+    texts = ("<think>a</think><answer>b</answer>", "<think> </think><answer>b</answer>", "<answer>b</answer>", "b")
+    loose = RewardFunction("f", "rewards.format:score")
+    assert [loose(text, None, {}).score for text in texts] == [1.0, 1.0, 0.0, 0.0]
+    strict = RewardFunction("f", "rewards.format:score", kwargs={"require_thinking": True})
+    assert [strict(text, None, {}).score for text in texts] == [1.0, 0.0, 0.0, 0.0]
+
+
+# ---- resolve
+
+
+def test_resolve_modules_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rewards.exact import score
+
+    assert resolve("rewards.exact:score") is score
+    path = write(tmp_path, "def length(completion, answer, **metadata):\n    return len(completion)\n")
+    assert resolve(f"{path}:length")("abc", None) == 3
+    monkeypatch.chdir(tmp_path)
+    assert resolve("mine.py:length")("abc", None) == 3
+    assert resolve("./mine.py:length") is resolve(f"{path}:length")
+
+
+def test_two_files_of_one_name_do_not_mix(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        write(tmp_path / str(number), f"def f(completion, answer, **metadata):\n    return {number}\n")
+    assert [resolve(f"{tmp_path}/{number}/mine.py:f")("", None) for number in (1, 2)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("score", "must be module:function or path/to/file.py:function"),
+        ("rewards.exact:", "must be module:function"),
+        ("rewards.exat:score", "no module 'rewards.exat'; did you mean 'rewards.exact'?"),
+        ("nowhere.exact:score", "no module 'nowhere'"),
+        ("nowhere/mine.py:score", "file 'nowhere/mine.py' does not exist"),
+        ("rewards.exact:scor", "rewards.exact has no 'scor'; did you mean 'score'?"),
+        ("rewards.extract:TAGS", "is a tuple, not a function (completion, answer, **metadata)"),
+        ("rewards.extract:final_answer", "has the signature (completion: 'str') -> 'str | None', but must take"),
+    ],
+)
+def test_resolve_errors(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match="reward") as raised:
+        resolve(spec)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(completion, answer): return 0",
+        "def f(completion, **metadata): return 0",
+        "def f(*, completion, answer, **metadata): return 0",
+        "async def f(completion, answer, **metadata): return 0",
+    ],
+)
+def test_resolve_refuses_signatures_that_cannot_take_the_call(tmp_path: Path, source: str) -> None:
+    with pytest.raises(ValueError, match=r"\(completion, answer, \*\*metadata\)"):
+        resolve(write(tmp_path, source) + ":f")
+
+
+def test_a_nearby_file_is_suggested_and_a_broken_file_shows_itself(tmp_path: Path) -> None:
+    path = write(tmp_path, "import module_that_is_missing\n")
+    with pytest.raises(ValueError, match="did you mean 'mine.py'"):
+        resolve(f"{tmp_path}/mien.py:f")
+    before = set(sys.modules)
+    with pytest.raises(ModuleNotFoundError, match="module_that_is_missing"):
+        resolve(f"{path}:f")
+    assert not [name for name in set(sys.modules) - before if "mine" in name]
+
+
+def test_a_missing_import_inside_a_reward_module_shows_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "import module_that_is_missing\n", "reward_of_this_test.py")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="module_that_is_missing"):
+        resolve("reward_of_this_test:f")
+
+
+# ---- calling and combining
+
+
+def test_unknown_kwargs_and_bad_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="has no option 'answer_tag'; its options are answer_tags"):
+        RewardFunction("e", "rewards.exact:score", kwargs={"answer_tag": False})
+    with pytest.raises(ValueError, match="weight must be a finite number, got nan"):
+        RewardFunction("e", "rewards.exact:score", weight=math.nan)
+
+
+def test_kwargs_of_the_recipe_win_over_metadata() -> None:
+    bare = RewardFunction("e", "rewards.exact:score", kwargs={"answer_tags": False})
+    assert bare("07", "07", {"answer_tags": True}).score == 1.0
+
+
+def test_score_group_by_hand(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "from posttrain.types import RewardResult\n"
+        "def length(completion, answer, unit=1, *, finish_reason, completion_length, **metadata):\n"
+        "    assert (finish_reason, metadata) == ('stop', {'task': 'chain_sum'})\n"
+        "    assert completion_length == len(completion)\n"
+        "    return RewardResult(len(completion) / unit, detail='long')\n",
+    )
+    functions = [
+        RewardFunction("accuracy", "rewards.task_answer:score"),
+        RewardFunction("length", f"{path}:length", weight=-0.5, kwargs={"unit": 10}),
+    ]
+    prompt = Prompt("p", ({"role": "user", "content": "1+1="},), (1, 2), "2", {"task": "chain_sum"})
+    texts = ("<answer>2</answer>", "<answer>3</answer>", "2")  # 18, 18 and 1 characters
+    group = score_group(functions, prompt, [completion(text) for text in texts])
+    assert group.prompt is prompt
+    assert [c.text for c in group.completions] == list(texts)
+    assert group.components == {"accuracy": (1.0, 0.0, 0.0), "length": (1.8, 1.8, 0.1)}
+    assert group.rewards == pytest.approx((1.0 - 0.9, -0.9, -0.05))
+
+
+def test_combine_checks_names_and_lengths() -> None:
+    one = RewardFunction("a", "rewards.exact:score")
+    with pytest.raises(ValueError, match=r"different names, got \['a', 'a'\]"):
+        combine([one, one], [])
+    with pytest.raises(ValueError, match="different names"):
+        combine([], [])
+    with pytest.raises(ValueError, match="zip"):
+        combine([one], [[RewardResult(1.0), RewardResult(1.0)]])
+
+
+@pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "None", "'1'", "1j", "RewardResult(float('nan'))"])
+def test_anything_but_a_finite_number_is_refused(tmp_path: Path, value: str) -> None:
+    source = f"from posttrain.types import RewardResult\ndef f(completion, answer, **metadata): return {value}\n"
+    reward = RewardFunction("broken", write(tmp_path, source) + ":f")
+    with pytest.raises(ValueError, match="'broken'.*for completion 'some text'; it must return a finite number"):
+        reward("some text", "1", {})
+
+
+def test_numbers_of_other_kinds_are_taken(tmp_path: Path) -> None:
+    for value, expected in (("True", 1.0), ("2", 2.0), ("numpy.float32(0.5)", 0.5)):
+        name = f"{expected}.py"
+        source = f"import numpy\ndef f(completion, answer, **metadata): return {value}\n"
+        result = RewardFunction("r", write(tmp_path, source, name) + ":f")("", None, {})
+        assert result == RewardResult(expected)
+        assert type(result.score) is float
+
+
+def test_exceptions_carry_the_name_and_the_cause(tmp_path: Path) -> None:
+    path = write(tmp_path, "def f(completion, answer, **metadata): return 1 / 0\n")
+    with pytest.raises(RewardError, match="'risky' .*raised ZeroDivisionError.*completion 'text'") as raised:
+        RewardFunction("risky", f"{path}:f")("text", None, {})
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+def test_status_infrastructure_stops_the_group_and_timeout_does_not(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "from posttrain.types import RewardResult\n"
+        "def f(completion, answer, **metadata): return RewardResult(0.0, completion, 'server away')\n",
+    )
+    prompt = Prompt("p7", ({"role": "user", "content": "?"},), (1,))
+    functions = [RewardFunction("judge", f"{path}:f")]
+    assert score_group(functions, prompt, [completion("timeout")]).rewards == (0.0,)
+    with pytest.raises(RewardError, match="'judge' could not judge prompt p7: server away"):
+        score_group(functions, prompt, [completion("ok"), completion("infrastructure")])
+
+
+def test_reserved_metadata_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="may not be named 'completion'; rename that column"):
+        RewardFunction("e", "rewards.exact:score")("x", "x", {"completion": "y"})
+
+
+# ---- python -m rewards.check
+
+
+def test_check_accepts_a_good_function(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, "def f(completion, answer, colour, **metadata): return len(colour)\n")
+    assert check_main([f"{path}:f", "--set", "colour=red"]) == 0
+    output = capsys.readouterr().out
+    assert "keeps the contract" in output
+    assert len([line for line in output.splitlines() if line.split()[-2:-1] == ["3"]]) == len(battery("42"))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return completion[0] == answer", "VIOLATION empty: reward 'reward'"),
+        ("return next(counter)", "not deterministic, 5 calls gave"),
+        ("return float('nan')", "it must return a finite number"),
+    ],
+)
+def test_check_reports_violations(tmp_path: Path, capsys: pytest.CaptureFixture[str], body: str, message: str) -> None:
+    source = f"import itertools\ncounter = itertools.count()\ndef f(completion, answer, **metadata): {body}\n"
+    assert check_main([write(tmp_path, source) + ":f"]) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_check_reports_a_name_that_does_not_resolve(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_main(["rewards.exact:scor"]) == 1
+    assert "did you mean 'score'" in capsys.readouterr().err
