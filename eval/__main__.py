@@ -25,7 +25,12 @@ def run(recipe: EvalRecipe, *, resume: bool = False) -> int:
     run_dir.write_environment(recipe.seed)
     result = evaluate_checkpoint(recipe.model, recipe.eval, recipe.sampler)
     run_dir.write_eval_samples("eval", result)
-    summary = {"stage": "eval", "seconds": time.perf_counter() - start, "finished": True, "eval": {"eval": result.to_dict()}}
+    summary = {
+        "stage": "eval",
+        "seconds": time.perf_counter() - start,
+        "finished": True,
+        "eval": {"eval": result.to_dict()},
+    }
     run_dir.write_summary(summary)
     before_after_table({recipe.run_name or "eval": result.to_dict()})
     paths_written(run_dir.path, [write_report(run_dir.path)])

@@ -1,7 +1,7 @@
 """Checkpoints: whole or not there. Each is a Hugging Face model directory with the training state beside it.
 
-    checkpoints/step-20/   model, tokenizer, trainer_state.pt, progress.json
-    checkpoints/latest     a link to the newest whole one
+checkpoints/step-20/   model, tokenizer, trainer_state.pt, progress.json
+checkpoints/latest     a link to the newest whole one
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from posttrain.errors import RunStopped
 from posttrain.plan import describe
@@ -89,7 +88,8 @@ def parse(stage: str, arguments: Sequence[str]) -> tuple[str, list[str], bool, b
     if known.config:
         files.insert(0, known.config)
     if len(files) != 1:
-        raise RecipeError(f"command line: give one recipe file, not {len(files)}, e.g. recipes/tiny/{stage}.yaml")
+        given = ", ".join(map(repr, files)) or "none"
+        raise RecipeError(f"command line: give one recipe file, not {given}; a change to it is written key.path=value")
     overrides = [word for word in known.words if "=" in word] + options
     return files[0], overrides, known.dry_run, known.resume
 

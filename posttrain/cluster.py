@@ -93,7 +93,7 @@ class _SamplerActor:
     def load_weights(self, snapshot: WeightSnapshot, canary: Sequence[tuple[int, ...]]) -> LoadReport:
         start = time.perf_counter()
         digest = Digest()
-        tensors = []
+        tensors: list[Any] = []
         for handle in snapshot.chunks:
             chunk = ray.get(handle)
             digest.add(chunk)
@@ -112,7 +112,9 @@ class _SamplerActor:
 class SamplerPool:
     """The samplers. Prompts go only to those whose receipt for the current version is valid."""
 
-    def __init__(self, model: ModelSection, section: SamplerSection, seed: int, skip_version: int | None = None) -> None:
+    def __init__(
+        self, model: ModelSection, section: SamplerSection, seed: int, skip_version: int | None = None
+    ) -> None:
         from posttrain.sampler import engine_environment
 
         actor = ray.remote(_SamplerActor)

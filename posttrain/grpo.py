@@ -76,7 +76,9 @@ def group_advantages(batch: Rollout, algorithm: AlgorithmSection) -> list[tuple[
     return [tuple(advantages.group_relative(group.rewards, scale=algorithm.scale_rewards)) for group in batch.groups]
 
 
-def score(batch: Rollout, batch_advantages: Sequence[Sequence[float]], job: GrpoJob) -> tuple[list[Sample], ParityReport]:
+def score(
+    batch: Rollout, batch_advantages: Sequence[Sequence[float]], job: GrpoJob
+) -> tuple[list[Sample], ParityReport]:
     """The samples to train on, each with the learner's own logprobs (the ratio's old policy) and the reference's."""
     pairs = list(zip(batch.groups, batch_advantages, strict=True))
     if job.recipe.algorithm.drop_zero_signal_groups:

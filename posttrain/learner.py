@@ -146,7 +146,9 @@ class Learner:
     # --- scoring --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def score(self, batch: TrainBatch, samples: Sequence[Sample], *, near_tie_margin: float, temperature: float | None = None) -> Scores:
+    def score(
+        self, batch: TrainBatch, samples: Sequence[Sample], *, near_tie_margin: float, temperature: float | None = None
+    ) -> Scores:
         """Logprobs of this rank's samples under policy and reference, and how well the sampler's agree.
 
         Args:
@@ -248,7 +250,11 @@ def _policy_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Clipped policy gradient plus beta times KL to the reference, summed over the microbatch's trained tokens."""
     mask_RW = microbatch.loss_mask_RW
-    weights_RW = losses.sequence_mean_weights(microbatch.sample_ids_RW, mask_RW) if algorithm.loss_aggregation == "sequence" else None
+    weights_RW = (
+        losses.sequence_mean_weights(microbatch.sample_ids_RW, mask_RW)
+        if algorithm.loss_aggregation == "sequence"
+        else None
+    )
     loss_sum, sums = losses.clipped_policy_gradient(
         logprobs_RW,
         microbatch.old_logprobs_RW,
@@ -283,7 +289,8 @@ def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str,
 
 def _scheduler(optimizer: torch.optim.Optimizer, section: OptimizerSection, total_steps: int) -> Any:
     """transformers' schedule of that name, ending at min_learning_rate."""
-    name, settings = section.lr_scheduler_type, {}
+    name: str = section.lr_scheduler_type
+    settings: dict[str, float] = {}
     if name == "cosine":
         name, settings = "cosine_with_min_lr", {"min_lr": section.min_learning_rate}
     elif name == "constant":

@@ -95,7 +95,12 @@ def _tracker(name: str, run_dir: Path) -> Callable[[int, Mapping[str, float]], A
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(run_dir / "tensorboard"))
-            return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()]
+
+            def write(step: int, values: Mapping[str, float]) -> None:
+                for key, value in values.items():
+                    writer.add_scalar(key, value, step)
+
+            return write
         import wandb
 
         run = wandb.init(project="posttrain", name=run_dir.name, dir=str(run_dir))

@@ -80,7 +80,9 @@ class ParityReport:
         )
 
 
-def compare(sample: Sample, learner_logprobs: Sequence[float], flips: Sequence[Flip], *, near_tie_margin: float, name: str) -> ParityReport:
+def compare(
+    sample: Sample, learner_logprobs: Sequence[float], flips: Sequence[Flip], *, near_tie_margin: float, name: str
+) -> ParityReport:
     """Compare one sample's tokens.
 
     Args:
@@ -96,7 +98,9 @@ def compare(sample: Sample, learner_logprobs: Sequence[float], flips: Sequence[F
             first_flip = flip.position
             break
         # Whatever differs after a near-tie follows from it, so only a difference before the first one is a fault.
-        hard_flip = hard_flip or f"{name}, token {flip.position}, MoE layer {flip.layer}: scores {flip.margin:.1e} apart"
+        hard_flip = (
+            hard_flip or f"{name}, token {flip.position}, MoE layer {flip.layer}: scores {flip.margin:.1e} apart"
+        )
     flipped = {flip.position for flip in flips if flip.margin <= near_tie_margin}
 
     start = len(sample.prompt_ids)

@@ -43,5 +43,7 @@ def section_records(section: DatasetSection, split: str, seed: int) -> list[Reco
 
 def _mix(sections: Sequence[DatasetSection], sources: list[list[Record]], seed: int) -> list[Record]:
     weighted = any("weight" in section.model_fields_set for section in sections)
-    weights = [section.weight if weighted else float(len(records)) for section, records in zip(sections, sources, strict=True)]
+    weights = [
+        section.weight if weighted else float(len(records)) for section, records in zip(sections, sources, strict=True)
+    ]
     return mixture(list(zip(sources, weights, strict=True)), seed)

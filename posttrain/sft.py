@@ -76,7 +76,9 @@ def train(recipe: SftRecipe, run_dir: RunDir, origin: Path, stop: StopRequest, *
 
     last = sft_parts.last_checkpoint(run_dir.path) if resume else None
     if resume and last is None:
-        raise RunStopped(f"--resume: no trainer checkpoint in {run_dir.path}; set checkpoint.save_steps, or start without --resume")
+        raise RunStopped(
+            f"--resume: no trainer checkpoint in {run_dir.path}; set checkpoint.save_steps, or start without --resume"
+        )
     # On resuming, the model itself is loaded from the checkpoint: the trainer alone would lose every routed expert.
     path = str(last or origin)
     tokenizer = load_tokenizer(str(origin), trust_remote_code=recipe.model.trust_remote_code)

@@ -57,7 +57,9 @@ class Completion:
     """One sampled answer and everything the learner must know about how it was sampled."""
 
     token_ids: tuple[int, ...]  # [T_completion], EOS included when finish_reason is "stop"
-    logprobs: tuple[float, ...]  # [T_completion], natural log, under the distribution sampled from (temperature applied)
+    logprobs: tuple[
+        float, ...
+    ]  # [T_completion], natural log, under the distribution sampled from (temperature applied)
     finish_reason: FinishReason  # "length" means truncated at max_completion_length
     text: str  # decoded, special tokens left out
     policy_version: int  # number of optimizer publications before this was sampled

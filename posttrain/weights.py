@@ -49,7 +49,9 @@ class WireTensor:
         return torch.from_numpy(self.data.copy()).view(getattr(torch, self.dtype)).reshape(self.shape)
 
 
-def to_chunks(tensors: Iterable[tuple[str, torch.Tensor]], chunk_bytes: int = CHUNK_BYTES) -> Iterator[list[WireTensor]]:
+def to_chunks(
+    tensors: Iterable[tuple[str, torch.Tensor]], chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[list[WireTensor]]:
     """Tensors as lists of at most `chunk_bytes` each (a larger single tensor makes a chunk of its own)."""
     chunk: list[WireTensor] = []
     size = 0
@@ -74,7 +76,7 @@ class Digest:
     def add(self, chunk: Sequence[WireTensor]) -> None:
         for wire in chunk:
             self._hash.update(f"{wire.name}|{wire.dtype}|{wire.shape}|".encode())
-            self._hash.update(wire.data)
+            self._hash.update(wire.data.data)
             self.num_bytes += wire.data.nbytes
 
     def hexdigest(self) -> str:
@@ -166,9 +168,7 @@ class Publisher:
         self._earlier[snapshot.version] = dict(scores.logprobs)
         for old in sorted(self._earlier)[:-3]:
             del self._earlier[old]
-        return Receipt(
-            index, snapshot.version, report.digest, snapshot.num_bytes, report.seconds, scores.parity, fault
-        )
+        return Receipt(index, snapshot.version, report.digest, snapshot.num_bytes, report.seconds, scores.parity, fault)
 
     def _explain(self, version: int, report: LoadReport, parity: ParityReport) -> str:
         text = (

@@ -107,7 +107,7 @@ def _check_signature(function: Any, spec: str) -> None:
     wanted = "(completion, answer, **metadata)"
     if not callable(function):
         found = type(function).__name__
-        raise ValueError(f"reward {spec!r} is a {found}, not a function {wanted}")  # noqa: TRY004
+        raise ValueError(f"reward {spec!r} is a {found}, not a function {wanted}")
     if inspect.iscoroutinefunction(function):
         raise ValueError(f"reward {spec!r} is async; make it a plain function {wanted}")
     parameters = list(inspect.signature(function).parameters.values())

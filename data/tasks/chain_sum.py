@@ -56,12 +56,12 @@ class ChainSum(TaskFamily):
 
 
 def totals(expression: str) -> list[int]:
-    """"4-1-7" -> [4, 3, -4]: the value after each term."""
+    """ "4-1-7" -> [4, 3, -4]: the value after each term."""
     return list(accumulate(int(term) for term in re.findall(r"[+-]?\d+", expression)))
 
 
 def running_totals(expression: str) -> str:
-    """"4-1-7" -> "4-1=3,3-7=-4"; `expression` has two terms or more, joined by + and -."""
+    """ "4-1-7" -> "4-1=3,3-7=-4"; `expression` has two terms or more, joined by + and -."""
     terms = re.findall(r"[+-]?\d+", expression)[1:]
     values = totals(expression)
     return ",".join(
@@ -81,7 +81,9 @@ def _continued(text: str, total: int, terms: int, highest: int | None) -> Iterat
     for sign in (1, -1):
         for digit in range(10):
             if _within([total + sign * digit], highest):
-                yield from _continued(f"{text}{'+' if sign > 0 else '-'}{digit}", total + sign * digit, terms - 1, highest)
+                yield from _continued(
+                    f"{text}{'+' if sign > 0 else '-'}{digit}", total + sign * digit, terms - 1, highest
+                )
 
 
 def _count(terms: int, highest: int | None) -> int:

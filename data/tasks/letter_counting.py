@@ -3,7 +3,7 @@
 The words are random strings over five letters and not those of reasoning_gym's `letter_counting`: that one takes them
 from a book and asks only for letters that occur, so for single words the answer is nearly always 1 and a model that
 never counts scores high. Here each letter, the one asked for included, is drawn evenly, and 0 is a possible answer.
-Worked solution: each letter with the count so far, "s0 l0 e1 e2 p2 l2 e3 s3 s3".
+Worked solution: each letter with the count so far, "s0l0e1e2p2l2e3s3s3".
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class LetterCounting(TaskFamily):
 
 
 def running_counts(letter: str, word: str) -> str:
-    """("e", "see") -> "s0 e1 e2"."""
+    """("e", "see") -> "s0e1e2"."""
     count = 0
     steps = []
     for character in word:
         count += character == letter
         steps.append(f"{character}{count}")
-    return " ".join(steps)
+    return "".join(steps)

@@ -85,7 +85,9 @@ def update_correction_bias(routers: list[Any], counts_LE: torch.Tensor, speed: f
         router.e_score_correction_bias += speed * torch.sign(load_E.mean() - load_E).to(router.e_score_correction_bias)
 
 
-def find_flips(sampler_TLK: np.ndarray, learner_NLK: torch.Tensor, trace: RouterTrace, rows: torch.Tensor, routers: list[Any]) -> list[Flip]:
+def find_flips(
+    sampler_TLK: np.ndarray, learner_NLK: torch.Tensor, trace: RouterTrace, rows: torch.Tensor, routers: list[Any]
+) -> list[Flip]:
     """Compare the experts of one sample.
 
     Args:
@@ -101,7 +103,9 @@ def find_flips(sampler_TLK: np.ndarray, learner_NLK: torch.Tensor, trace: Router
     flips = []
     for position, layer in different_TL.nonzero().tolist():
         scores_E = choice_scores(trace.logits[layer][rows[position]], routers[layer])
-        margin = _margin(scores_E, set(ours[position, layer].tolist()), set(theirs[position, layer].tolist()), routers[layer])
+        margin = _margin(
+            scores_E, set(ours[position, layer].tolist()), set(theirs[position, layer].tolist()), routers[layer]
+        )
         flips.append(Flip(position, layer, margin))
     return flips
 
