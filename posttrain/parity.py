@@ -115,7 +115,7 @@ def compare(
         gap_sum += gap
         log_ratio = ours - theirs
         kl_sum += math.exp(min(log_ratio, 60.0)) - log_ratio - 1.0
-        if not gap <= gap_max:  # also true of NaN, which must not be overlooked
+        if gap > gap_max or (math.isnan(gap) and not math.isnan(gap_max)):  # a NaN must not be overlooked
             gap_max, worst = gap, f"{name}, token {start + offset}: sampler {theirs:.6f}, learner {ours:.6f}"
     experts = sample.experts_TLK
     return ParityReport(

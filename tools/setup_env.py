@@ -275,8 +275,8 @@ def run_logged(command: Sequence[str], environment: Environment) -> int:
 
 
 def useful_tail(text: str) -> str:
-    """The last lines of an installer's output, without pip's warnings about index folders that lack a package."""
-    noise = re.compile(r"WARNING: Location .* is ignored|^\s*$")
+    """The last lines of the last command's output, without pip's small talk and its warnings about index folders."""
+    noise = re.compile(r"WARNING: Location .* is ignored|already satisfied|: (started|finished with status)|^\s*$")
     lines = [line for line in text[text.rfind("\n$ ") + 1 :].splitlines() if not noise.search(line)]
     return "\n".join("  " + line[:400] for line in lines[-TAIL_LINES:])
 
@@ -320,8 +320,8 @@ def needed_index(environment: Environment) -> str | None:
     """The index to add so that the CPU build of torch is found, or None where it is found without one."""
     if environment.platform != "cpu":
         return None
-    command = pip_command(environment, "install", "--quiet", "--dry-run", "--no-deps", "--retries", "1", CPU_TORCH)
-    found = capture(command).returncode == 0
+    options = ("--quiet", "--dry-run", "--no-deps", "--ignore-installed", "--retries", "1")
+    found = capture(pip_command(environment, "install", *options, CPU_TORCH)).returncode == 0
     say(f"{CPU_TORCH}: " + ("found by pip" if found else f"taken from {CPU_TORCH_INDEX}"))
     return None if found else CPU_TORCH_INDEX
 

@@ -1,0 +1,167 @@
+"""The learner's gradient against plain transformers and a hand-written loss, and against its own other layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from posttrain.learner import Learner
+from posttrain.model.router import find_routers
+from posttrain.packing import pack
+from posttrain.recipe import AlgorithmSection, LearnerSection, ModelSection, OptimizerSection
+from posttrain.types import Sample
+from tests.oracles.grpo_loss import completion_logprobs, grpo_loss, random_samples, tiny_policy
+
+LENGTHS = [(3, 7), (5, 2), (2, 11), (4, 4), (6, 9), (2, 3)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from data.chat import build_tokenizer
+
+    path = tmp_path_factory.mktemp("policy")
+    tiny_policy().save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return path
+
+
+def arguments(checkpoint: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "model": ModelSection(model_name_or_path=str(checkpoint), experts_implementation="eager"),
+        "optimizer": OptimizerSection(learning_rate=1e-3),
+        "reference_path": str(checkpoint),
+        "bias_update_speed": 0.0,
+        "temperature": 1.0,
+        "total_steps": 10,
+        "seed": 0,
+        **changes,
+    }
+
+
+@pytest.fixture
+def learner(checkpoint: Path) -> Iterator[Learner]:
+    yield Learner(learner=LearnerSection(), **arguments(checkpoint))
+
+
+def near(samples: list[Sample], model: Any) -> list[Sample]:
+    """Samples whose old and reference logprobs are close to the policy's, so that some ratios clip and some do not."""
+    generator = torch.Generator().manual_seed(1)
+    moved = []
+    for sample in samples:
+        logprobs = completion_logprobs(model, sample).detach()
+        old = logprobs + 0.3 * torch.randn(logprobs.shape, generator=generator)
+        ref = logprobs + 0.3 * torch.randn(logprobs.shape, generator=generator)
+        moved.append(replace(sample, old_logprobs=tuple(old.tolist()), ref_logprobs=tuple(ref.tolist())))
+    return moved
+
+
+def gradients(learner: Learner, samples: list[Sample], algorithm: AlgorithmSection, **layout: Any) -> dict[str, Any]:
+    settings = {"max_tokens_per_microbatch": 64, "row_length": 32, **layout}
+    (batch,) = pack(samples, world_size=1, pad_token_id=0, **settings)
+    learner.forward_backward(batch, algorithm)
+    found = learner.gradients()
+    learner._optimizer.zero_grad()
+    return found
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    scale = max(float(value.norm()) for value in expected.values())
+    for name, value in expected.items():
+        assert float((found[name] - value).norm()) <= tolerance * max(float(value.norm()), 1e-3 * scale), name
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_gradient_equals_plain_transformers_and_a_hand_written_loss(learner: Learner, aggregation: Any) -> None:
+    model = tiny_policy()
+    model.set_experts_implementation("eager")
+    samples = near(random_samples(LENGTHS), model)
+    algorithm = AlgorithmSection(epsilon=0.2, epsilon_high=0.28, beta=0.05, loss_aggregation=aggregation)
+    logprobs = [completion_logprobs(model, sample) for sample in samples]
+    grpo_loss(
+        samples, logprobs, epsilon_low=0.2, epsilon_high=0.28, beta=0.05, aggregation=aggregation
+    ).backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_same(gradients(learner, samples, algorithm), expected, 1e-5)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"max_tokens_per_microbatch": 32},
+        {"max_tokens_per_microbatch": 4096},
+        {"max_tokens_per_microbatch": 64, "samples_per_row": 1},
+        {"max_tokens_per_microbatch": 90, "row_length": 90},
+    ],
+    ids=["one row each", "one microbatch", "padded", "long rows"],
+)
+def test_gradient_does_not_depend_on_the_layout(learner: Learner, layout: dict[str, Any], aggregation: Any) -> None:
+    samples = near(random_samples(LENGTHS), tiny_policy())
+    algorithm = AlgorithmSection(beta=0.05, loss_aggregation=aggregation)
+    assert_same(gradients(learner, samples, algorithm, **layout), gradients(learner, samples, algorithm), 1e-5)
+
+
+def test_gradient_checkpointing_changes_neither_gradient_nor_expert_counts(learner: Learner, checkpoint: Path) -> None:
+    samples = near(random_samples(LENGTHS), tiny_policy())
+    expected = gradients(learner, samples, AlgorithmSection())
+    counted = learner._counts_LE
+    saving = Learner(learner=LearnerSection(gradient_checkpointing=True), **arguments(checkpoint))
+    assert_same(gradients(saving, samples, AlgorithmSection()), expected, 1e-5)
+    assert counted is not None and saving._counts_LE is not None
+    assert saving._counts_LE.tolist() == counted.tolist()
+    # Every real token goes to two experts, padding to none.
+    assert int(counted.sum()) == 2 * sum(prompt + completion for prompt, completion in LENGTHS)
+
+
+def test_scores_are_the_models_own_and_name_what_differs(learner: Learner) -> None:
+    model = tiny_policy()
+    samples = random_samples(LENGTHS[:3])
+    exact = [replace(s, sampler_logprobs=tuple(completion_logprobs(model, s).tolist())) for s in samples]
+    (batch,) = pack(exact, world_size=1, max_tokens_per_microbatch=64, row_length=32, pad_token_id=0)
+    scores = learner.score(batch, exact, near_tie_margin=1e-5)
+    for index, sample in enumerate(exact):
+        assert scores.logprobs[index] == pytest.approx(sample.sampler_logprobs, abs=1e-5)
+        assert scores.ref_logprobs[index] == pytest.approx(sample.sampler_logprobs, abs=1e-5)
+    assert scores.parity.gap_max < 1e-5
+    wrong = [exact[0], replace(exact[1], sampler_logprobs=tuple(v - 0.5 for v in exact[1].sampler_logprobs))]
+    (batch,) = pack(wrong, world_size=1, max_tokens_per_microbatch=64, row_length=32, pad_token_id=0)
+    parity = learner.score(batch, wrong, near_tie_margin=1e-5).parity
+    assert parity.gap_max == pytest.approx(0.5, abs=1e-4)
+    assert parity.worst.startswith("sample 1,")
+
+
+def test_a_step_moves_the_bias_against_the_load(checkpoint: Path) -> None:
+    learner = Learner(learner=LearnerSection(), **arguments(checkpoint, bias_update_speed=0.01))
+    samples = near(random_samples(LENGTHS), tiny_policy())
+    (batch,) = pack(samples, world_size=1, max_tokens_per_microbatch=64, row_length=32, pad_token_id=0)
+    learner.forward_backward(batch, AlgorithmSection())
+    assert learner._counts_LE is not None
+    counts = learner._counts_LE[0].float()
+    learner.optim_step()
+    bias = find_routers(learner._model)[0].e_score_correction_bias
+    assert bias.tolist() == pytest.approx((0.01 * torch.sign(counts.mean() - counts)).tolist())
+
+
+def test_saving_and_restoring_continues_exactly(learner: Learner, checkpoint: Path, tmp_path: Path) -> None:
+    samples = near(random_samples(LENGTHS), tiny_policy())
+    (batch,) = pack(samples, world_size=1, max_tokens_per_microbatch=64, row_length=32, pad_token_id=0)
+
+    def step(which: Learner) -> None:
+        which.forward_backward(batch, AlgorithmSection())
+        which.optim_step()
+
+    step(learner)
+    learner.save(tmp_path)
+    resumed = Learner(learner=LearnerSection(), **arguments(tmp_path))
+    resumed.restore(tmp_path)
+    for which in (learner, resumed):
+        step(which)
+    expected = dict(learner.checkpoint_tensors())
+    for name, tensor in resumed.checkpoint_tensors():
+        assert torch.equal(tensor, expected[name]), name

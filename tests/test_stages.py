@@ -1,0 +1,261 @@
+"""The stages as a user runs them: commands, run directories, interrupts, resuming, a Ray job."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CONTRACT = """
+reward/mean reward/accuracy/mean reward/std completion/length_mean completion/truncated_fraction policy/entropy
+policy/clip_fraction policy/kl_ref parity/logprob_abs_max parity/logprob_abs_mean parity/kl_sampler_learner
+parity/routing_agreement parity/flipped_tokens router/max_violation lag/max time/rollout time/reward time/learn
+time/publish time/step throughput/samples_per_second throughput/tokens_per_second
+""".split()
+
+GRPO = """
+stage: grpo
+max_steps: 3
+model: {model_name_or_path: %s}
+datasets: [{task: letter_counting, levels: [1], size: 200}]
+rewards:
+  - {func: "rewards.format:score", name: format}
+  - {func: "%s:score", name: accuracy}
+rollout: {num_prompts: 4, num_generations: 4, max_completion_length: 16}
+algorithm: {num_minibatches: 2}
+optimizer: {learning_rate: 1.0e-3}
+sampler: {max_model_len: 64, num_threads: 1}
+learner: {row_length: 64, max_tokens_per_microbatch: 512, num_threads: 1}
+checkpoint: {save_steps: 1}
+"""
+
+# A policy with random weights is never right, so this reward gives the groups something to differ in.
+REWARD = "def score(completion, answer, **metadata):\n    return (len(completion) * 7 + completion.count('e')) % 5 / 5\n"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, policy_path: Path) -> Path:
+    (tmp_path / "reward.py").write_text(REWARD)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(GRPO % (policy_path, tmp_path / "reward.py"))
+    return file
+
+
+class Command:
+    """A command in a process group of its own, with a mark by which its descendants are found."""
+
+    def __init__(self, *words: str, cwd: Path = ROOT) -> None:
+        self.mark = uuid.uuid4().hex
+        environment = {**os.environ, "POSTTRAIN_TEST_MARK": self.mark}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *words],
+            cwd=cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self, timeout: float = 300) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=timeout)
+        return self.process.returncode, output
+
+    def left_behind(self, within: float = 20) -> list[str]:
+        """Descendants that still live after so many seconds."""
+        end = time.monotonic() + within
+        while True:
+            found = [" ".join(p.cmdline())[:120] for p in psutil.process_iter() if self._is_ours(p)]
+            if not found or time.monotonic() > end:
+                return found
+            time.sleep(0.5)
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get("POSTTRAIN_TEST_MARK") == self.mark and process.status() != "zombie"
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            return False
+
+
+def run(*words: str) -> tuple[int, str]:
+    return Command(*words).finish()
+
+
+def metrics(directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_grpo_leaves_everything_the_contract_names(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    evaluation = "eval={datasets: [{task: letter_counting, levels: [1], size: 12}], max_completion_length: 16}"
+    code, output = run("posttrain.grpo", str(recipe), f"output_dir={out}", evaluation)
+    assert code == 0, output
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert set(CONTRACT) <= line.keys()
+        assert line["parity/logprob_abs_max"] < 1e-4 and line["parity/routing_agreement"] >= 0.9999
+        assert line["lag/max"] == 0 and line["publish/canary_gap_max"] < 1e-4
+    for name in ("recipe.yaml", "environment.json", "summary.json", "report.html"):
+        assert (out / name).exists(), name
+    assert len(list((out / "samples").glob("step-*.parquet"))) == 3
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["stage"], summary["steps"], summary["finished"]) == ("grpo", 3, True)
+    assert summary["eval"]["before"]["pass_at_1"]["n"] == summary["eval"]["after"]["pass_at_1"]["n"] == 12
+    assert (out / "checkpoints" / "latest" / "config.json").exists()
+
+
+def test_a_skipped_publication_stops_the_run(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = Command("posttrain.grpo", str(recipe), f"output_dir={out}", "faults.skip_publication=2")
+    code, output = command.finish()
+    assert code == 3, output
+    assert "publication of version 2 failed" in output and "version 2 was never loaded" in output
+    assert "Traceback" not in output
+    assert [line["step"] for line in metrics(out)] == [1]
+    assert (out / "checkpoints" / "latest").resolve().name == "step-1"
+    assert command.left_behind() == []
+
+
+def test_an_interrupt_saves_cleans_up_and_can_be_resumed(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = Command("posttrain.grpo", str(recipe), f"output_dir={out}", "max_steps=500", "checkpoint.save_steps=0")
+    wait_for_step(out, command.process)
+    os.killpg(command.process.pid, signal.SIGINT)  # what Ctrl-C in a terminal does
+    code, output = command.finish()
+    assert code == 130, output
+    assert command.left_behind() == []
+    stopped = metrics(out)[-1]["step"]
+    assert (out / "checkpoints" / "latest").resolve().name == f"step-{int(stopped)}"
+    assert not json.loads((out / "summary.json").read_text())["finished"]
+
+    last = int(stopped) + 2
+    code, output = run("posttrain.grpo", str(recipe), f"output_dir={out}", f"max_steps={last}", "--resume")
+    assert code == 0, output
+    assert [line["step"] for line in metrics(out)] == list(range(1, last + 1))
+
+
+def wait_for_step(out: Path, process: subprocess.Popen[str], timeout: float = 200) -> None:
+    end = time.monotonic() + timeout
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.3)
+
+
+SFT = """
+stage: sft
+model: {build: {hidden_size: 64, intermediate_size: 96, moe_intermediate_size: 32, num_hidden_layers: 2}}
+datasets: [{task: letter_counting, levels: [1], size: 400, worked_fraction: 0.5}]
+training: {max_length: 128, per_device_train_batch_size: 4, max_steps: %d, logging_steps: 1}
+optimizer: {learning_rate: 2.0e-3, lr_scheduler_type: cosine, min_learning_rate: 1.0e-4}
+router: {bias_update_speed: 0.001}
+checkpoint: {save_steps: 4}
+"""
+
+
+def test_sft_resumes_exactly_experts_and_bias_included(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    file = tmp_path / "sft.yaml"
+    file.write_text(SFT % 8)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    code, output = run("posttrain.sft", str(file), f"output_dir={whole}")
+    assert code == 0, output
+    code, output = run("posttrain.sft", str(file), f"output_dir={halves}")
+    assert code == 0, output
+    # As if the machine had died after step 4.
+    import shutil
+
+    shutil.rmtree(halves / "trainer" / "checkpoint-8")
+    shutil.rmtree(halves / "checkpoints" / "step-8")
+    code, output = run("posttrain.sft", str(file), f"output_dir={halves}", "--resume")
+    assert code == 0, output
+    expected = load_file(whole / "checkpoints" / "step-8" / "model.safetensors")
+    found = load_file(halves / "checkpoints" / "step-8" / "model.safetensors")
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, atol=1e-6), name
+    assert any(name.endswith("e_score_correction_bias") and bool(t.any()) for name, t in found.items())
+    losses = [line["train/loss"] for line in metrics(whole)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.fixture
+def dashboard() -> Iterator[str]:
+    """A Ray head with a dashboard that accepts jobs."""
+    address = "http://127.0.0.1:8299"
+    ray = str(Path(sys.executable).parent / "ray")
+    environment = {**os.environ, "RAY_ADDRESS": ""}
+    words = [ray, "start", "--head", "--port=6399", "--dashboard-host=127.0.0.1", "--dashboard-port=8299"]
+    subprocess.run([*words, "--num-cpus=3"], check=True, capture_output=True, env=environment)
+    yield address
+    subprocess.run([ray, "stop", "--force"], check=True, capture_output=True)
+
+
+def test_a_ray_job_runs_the_stage_and_stopping_it_leaves_a_whole_checkpoint(
+    recipe: Path, tmp_path: Path, dashboard: str
+) -> None:
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    client = wait_for_dashboard(dashboard)
+    python = f"{sys.executable} -m posttrain.grpo {recipe}"
+    done = client.submit_job(
+        entrypoint=f"{python} output_dir={tmp_path / 'done'} max_steps=2", runtime_env={"working_dir": str(ROOT)}
+    )
+    status = wait_for_end(client, done)
+    assert status == JobStatus.SUCCEEDED, client.get_job_logs(done)
+    assert json.loads((tmp_path / "done" / "summary.json").read_text())["finished"]
+
+    out = tmp_path / "stopped"
+    stopped = client.submit_job(
+        entrypoint=f"{python} output_dir={out} max_steps=500", runtime_env={"working_dir": str(ROOT)}
+    )
+    end = time.monotonic() + 200
+    while not (out / "checkpoints" / "latest").exists():
+        assert time.monotonic() < end, client.get_job_logs(stopped)
+        time.sleep(0.3)
+    client.stop_job(stopped)
+    assert wait_for_end(client, stopped) in (JobStatus.STOPPED, JobStatus.FAILED)
+    assert (out / "checkpoints" / "latest" / "progress.json").exists()
+    end = time.monotonic() + 30
+    while stage_processes():
+        assert time.monotonic() < end, stage_processes()
+        time.sleep(0.5)
+
+
+def wait_for_dashboard(address: str) -> "JobSubmissionClient":  # noqa: F821, UP037
+    from ray.job_submission import JobSubmissionClient
+
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return JobSubmissionClient(address)
+        except ConnectionError:
+            assert time.monotonic() < end
+            time.sleep(1)
+
+
+def wait_for_end(client: "JobSubmissionClient", job: str) -> "JobStatus":  # noqa: F821, UP037
+    end = time.monotonic() + 300
+    while not client.get_job_status(job).is_terminal():
+        assert time.monotonic() < end, client.get_job_logs(job)
+        time.sleep(0.5)
+    return client.get_job_status(job)
+
+
+def stage_processes() -> list[str]:
+    """Drivers, learners and samplers that are alive."""
+    names = ("posttrain.grpo", "ray::_SamplerActor", "ray::_LearnerActor")
+    lines = (" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))
+    return [line[:120] for line in lines if any(name in line for name in names)]
