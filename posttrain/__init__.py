@@ -1,0 +1,22 @@
+"""Post-training of mixture-of-experts language models: SFT and GRPO on TRL, accelerate, vLLM and Ray.
+
+The rooms:
+
+    stages          sft.py, grpo.py, pipeline.py: each file is its stage's algorithm; cli.py is their command line
+    description     recipe.py (what a run is), plan.py (what it would do), records.py (its data)
+    what flows      types.py: Prompt, Completion, Group, Sample, Microbatch, TrainBatch
+    mathematics     losses.py, advantages.py, packing.py: pure functions
+    engines         sampler.py with vllm_extension.py (vLLM), learner.py (accelerate), model/ (the policy, its router)
+    agreement       weights.py (publication and its receipt), parity.py (sampler against learner, token by token)
+    the cluster     cluster.py: the only file that imports ray
+    the run         grpo_job.py, sft_parts.py, rollout.py, checkpoint.py, run_dir.py, metrics.py, progress.py, interrupt.py
+
+One GRPO batch, as `grpo.train` walks it:
+
+    rollout.stream          prompts -> SamplerPool.generate -> rewards -> groups
+    advantages              each reward against its group
+    LearnerGroup.score      the learner's own logprobs, the reference's, and parity with the sampler's
+    LearnerGroup.forward_backward, optim_step    once per minibatch: packed, loss over global token counts, router bias
+    Publisher.publish       version n + 1 on every sampler, proved by a canary
+    GrpoJob.end_step        metrics, samples, checkpoint
+"""

@@ -69,6 +69,7 @@ def starting_checkpoint(recipe: SftRecipe, run_dir: RunDir) -> Path:
 
 def train(recipe: SftRecipe, run_dir: RunDir, origin: Path, stop: StopRequest, *, resume: bool) -> SFTTrainer:
     """Run the trainer to its end, or until a stop is requested."""
+    from transformers import PrinterCallback
     from trl import SFTTrainer
 
     from posttrain import sft_parts
@@ -104,6 +105,7 @@ def train(recipe: SftRecipe, run_dir: RunDir, origin: Path, stop: StopRequest, *
                 sft_parts.BalanceRouter(recipe.router.bias_update_speed, tokenizer.pad_token_id),
             ],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     return trainer
 

@@ -189,7 +189,7 @@ def uv_options(pip_config: str) -> list[str]:
             continue
         key, value = match[1], str(ast.literal_eval(match[2]))
         if key in lists:
-            lists[key] += [item for item in value.split() if item not in lists[key]]
+            lists[key] = list(dict.fromkeys([*lists[key], *value.split()]))
         else:
             single[key] = value
     options: list[str] = []
