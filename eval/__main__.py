@@ -13,7 +13,8 @@ from eval.checkpoint import evaluate_checkpoint
 from eval.report import write_report
 from posttrain.cli import run_stage
 from posttrain.progress import before_after_table, paths_written
-from posttrain.recipe import EvalRecipe, dump_recipe
+from posttrain.recipe import EvalRecipe
+from posttrain.recipe_file import dump_recipe
 from posttrain.run_dir import RunDir
 
 

@@ -80,7 +80,9 @@ def _stage(directory: Path) -> dict[str, Any]:
     curves = []
     for name, title, logarithmic in CURVES:
         logged = [line for line in lines if name in line]
-        drawn = curve(title, [line["step"] for line in logged], [line[name] for line in logged], logarithmic=logarithmic)
+        drawn = curve(
+            title, [line["step"] for line in logged], [line[name] for line in logged], logarithmic=logarithmic
+        )
         if drawn is not None:
             curves.append(drawn)
     return {

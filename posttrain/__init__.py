@@ -3,11 +3,11 @@
 The rooms:
 
     stages          sft.py, grpo.py, pipeline.py: each file is its stage's algorithm; cli.py is their command line
-    description     recipe.py (what a run is), plan.py (what it would do), records.py (its data)
+    description     recipe.py (what a run is), recipe_file.py (YAML), plan.py (what it would do), records.py (its data)
     what flows      types.py: Prompt, Completion, Group, Sample, Microbatch, TrainBatch
     mathematics     losses.py, advantages.py, packing.py: pure functions
     engines         sampler.py with vllm_extension.py (vLLM), learner.py (accelerate), model/ (the policy, its router)
-    agreement       weights.py (publication and its receipt), parity.py (sampler against learner, token by token)
+    agreement       wire.py, weights.py (publication and its receipt), parity.py (sampler against learner, token by token)
     the cluster     cluster.py: the only file that imports ray
     the run         grpo_job.py, sft_parts.py, rollout.py, checkpoint.py, run_dir.py, metrics.py, progress.py, interrupt.py
 

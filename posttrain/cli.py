@@ -18,7 +18,8 @@ from types import FrameType
 
 from posttrain.errors import RunStopped
 from posttrain.plan import describe
-from posttrain.recipe import EvalSection, Recipe, RecipeError, RewardSection, check_files, load_recipe
+from posttrain.recipe import EvalSection, Recipe, RecipeError, RewardSection
+from posttrain.recipe_file import check_files, load_recipe
 from rewards import RewardFunction
 
 QUIET = {

@@ -6,6 +6,7 @@ Algorithms see four verbs: `SamplerPool.generate`, `LearnerGroup.forward_backwar
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -21,7 +22,7 @@ from posttrain.metrics import Metric, merge
 from posttrain.packing import pack
 from posttrain.recipe import AlgorithmSection, LearnerSection, ModelSection, SamplerSection
 from posttrain.types import Completion, Prompt, Sample, SamplingParams, TrainBatch
-from posttrain.weights import Digest, LoadReport, WeightSnapshot, canary_sample, to_chunks
+from posttrain.wire import Digest, LoadReport, WeightSnapshot, canary_sample, to_chunks
 
 if TYPE_CHECKING:
     from posttrain.learner import Scores
@@ -42,14 +43,16 @@ def session(address: str | None, num_cpus: float) -> Iterator[None]:
         RunStopped: the cluster has too few CPUs for the actors.
     """
     address = address or os.environ.get("RAY_ADDRESS")
+    # Ray announces its token authentication as a warning; it is what we want.
+    logging.getLogger("ray").setLevel(logging.ERROR)
     if address:
-        ray.init(address=address, log_to_driver=False, logging_level="warning")
+        ray.init(address=address, log_to_driver=False, logging_level="error")
     else:
         ray.init(
             num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.999)),
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="warning",
+            logging_level="error",
         )
     try:
         available = ray.cluster_resources().get("CPU", 0)

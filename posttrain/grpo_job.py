@@ -17,7 +17,8 @@ from posttrain.errors import RunStopped
 from posttrain.metrics import Metric, MetricsLog
 from posttrain.parity import ParityReport
 from posttrain.progress import Progress, before_after_table, paths_written
-from posttrain.recipe import GrpoRecipe, dump_recipe
+from posttrain.recipe import GrpoRecipe
+from posttrain.recipe_file import dump_recipe
 from posttrain.records import load_records
 from posttrain.rollout import Rollout
 from posttrain.run_dir import RunDir

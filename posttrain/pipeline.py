@@ -23,7 +23,8 @@ from posttrain import checkpoint
 from posttrain.cli import run_stage
 from posttrain.errors import RunStopped
 from posttrain.progress import before_after_table, paths_written
-from posttrain.recipe import PipelineRecipe, StageSection, dump_recipe, load_recipe
+from posttrain.recipe import PipelineRecipe, StageSection
+from posttrain.recipe_file import dump_recipe, load_recipe
 from posttrain.run_dir import RunDir
 
 

@@ -1,24 +1,17 @@
-"""Recipes: strict, typed, immutable descriptions of a stage, read from YAML with `key.path=value` overrides.
+"""Recipes: strict, typed, immutable descriptions of a stage. `posttrain.recipe_file` reads them from YAML.
 
-    recipe = load_recipe("recipes/tiny/grpo.yaml", ["optimizer.learning_rate=1e-4"], stage="grpo")
-
-A recipe is one YAML mapping. `extends: other.yaml` starts from another recipe (its path is relative to this file) and
-replaces what this one says. Keys carry the names that TRL and transformers use where one exists. Whatever is wrong
-(unknown key, wrong type, out of range, missing file) raises `RecipeError`, whose one line names the file, the key, the
-value and the cure. Nothing heavy is imported here: a wrong recipe is refused before torch is loaded.
+Keys carry the names that TRL and transformers use where one exists; docs/recipes.md explains each. Nothing heavy is
+imported here: a wrong recipe is refused before torch is loaded.
 """
 
 from __future__ import annotations
 
-import difflib
 import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class RecipeError(ValueError):
@@ -383,6 +376,11 @@ class GrpoRecipe(Recipe):
                 f"learner.row_length={self.learner.row_length} cannot hold a sample of sampler.max_model_len="
                 f"{self.sampler.max_model_len} tokens; raise learner.row_length or lower sampler.max_model_len"
             )
+        if self.parity.canary_length >= self.sampler.max_model_len:
+            raise ValueError(
+                f"parity.canary_length={self.parity.canary_length} does not fit sampler.max_model_len="
+                f"{self.sampler.max_model_len}; lower parity.canary_length"
+            )
         labels = [reward.label for reward in self.rewards]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
@@ -417,239 +415,3 @@ class PipelineRecipe(Recipe):
 RECIPES: Mapping[str, type[Recipe]] = types.MappingProxyType(
     {"sft": SftRecipe, "grpo": GrpoRecipe, "eval": EvalRecipe, "pipeline": PipelineRecipe}
 )
-
-# Names that users of other trainers type, and ours. Unknown keys are also matched by spelling.
-_OTHER_NAMES = {
-    "lr": "learning_rate",
-    "torch_dtype": "dtype",
-    "max_seq_length": "max_length",
-    "cutoff_len": "max_length",
-    "micro_batch_size": "per_device_train_batch_size",
-    "max_new_tokens": "max_completion_length",
-    "max_tokens": "max_completion_length",
-    "group_size": "num_generations",
-    "kl_coef": "beta",
-    "clip_range": "epsilon",
-    "reward_funcs": "rewards",
-    "model_name": "model_name_or_path",
-    "dataset_name": "path",
-}
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, stage: str | None = None) -> Any:
-    """Read, merge and check a recipe.
-
-    Args:
-        path: the YAML file.
-        overrides: `key.path=value` strings; the value is read as YAML. A list item is addressed by its index,
-            as in `datasets.0.size=500`.
-        stage: which recipe is expected; refused when the file says another.
-
-    Returns:
-        The recipe of that stage: `SftRecipe`, `GrpoRecipe`, `EvalRecipe` or `PipelineRecipe`.
-
-    Raises:
-        RecipeError: whatever is wrong, in one line.
-    """
-    path = Path(path)
-    tree = _read_tree(path, seen=())
-    for override in overrides:
-        _apply_override(tree, override)
-    named = tree.get("stage", stage)
-    if named is None or named not in RECIPES:
-        hint = _nearest(str(named), RECIPES) if named is not None else ""
-        raise RecipeError(f"{path}: stage: {named!r} is not a stage; allowed: {', '.join(RECIPES)}{hint}")
-    if stage is not None and named != stage:
-        raise RecipeError(
-            f"{path}: stage: this is a recipe for {named!r}; run it with python -m {_module(named)} {path}"
-        )
-    tree.setdefault("run_name", path.stem)
-    try:
-        return RECIPES[named].model_validate(tree)
-    except ValidationError as error:
-        raise RecipeError(f"{path}: {_explain(error, RECIPES[named])}") from None
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """YAML of the resolved recipe, every default spelled out; `load_recipe` reads it back to an equal recipe."""
-    return yaml.safe_dump(_plain(recipe), sort_keys=False)
-
-
-def is_local_path(name: str) -> bool:
-    """Whether a model or dataset name means a place on disk rather than a hub name (`owner/name`)."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1 or bool(Path(name).suffix)
-
-
-def check_files(recipe: Recipe, source: str | Path) -> None:
-    """Refuse a recipe whose local files are not there (hub names are not looked up)."""
-    for key, value in _walk(recipe):
-        wanted = key.endswith(("model.model_name_or_path", ".path")) and isinstance(value, str)
-        if wanted and is_local_path(value) and not Path(value).expanduser().exists():
-            raise RecipeError(
-                f"{source}: {key}: {value!r} does not exist; give a path that does, or a hub name (owner/name)"
-            )
-
-
-def _plain(value: Any) -> Any:
-    """YAML's own types. Datasets keep only what was said of them: some keys are refused beside `task` or `path`."""
-    if isinstance(value, DatasetSection):
-        return {name: _plain(getattr(value, name)) for name in sorted(value.model_fields_set)}
-    if isinstance(value, Section):
-        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return dict(value) if isinstance(value, Mapping) else value
-
-
-def _module(stage: str) -> str:
-    return "eval" if stage == "eval" else f"posttrain.{stage}"
-
-
-def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise RecipeError(f"{path}: extends: the files extend each other in a circle; remove one extends")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(
-            f"{path}: no such recipe file{_nearest(path.name, _siblings(path))}; give the path of a YAML file"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error}); give a UTF-8 YAML file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RecipeError(
-            f"{path}: not readable as YAML{where}: {getattr(error, 'problem', error)}; mend that line"
-        ) from None
-    if not isinstance(tree, dict):
-        raise RecipeError(
-            f"{path}: a recipe is a mapping of keys to values, not {type(tree).__name__}; see recipes/README.md"
-        )
-    base = tree.pop("extends", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str):
-        raise RecipeError(f"{path}: extends: {base!r} is not a path; give the path of another recipe")
-    return _merge(_read_tree(path.parent / base, (*seen, path.resolve())), tree)
-
-
-def _siblings(path: Path) -> list[str]:
-    return [file.name for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        inner = merged.get(key)
-        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"override {override!r}: write key.path=value, e.g. optimizer.learning_rate=1e-5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: the value {text!r} is not readable as YAML; quote it") from None
-    *parents, last = key.split(".")
-    node: Any = tree
-    for name in parents:
-        node = _child(node, name, override)
-    if isinstance(node, list):
-        node[_index(node, last, override)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise RecipeError(f"override {override!r}: {'.'.join(parents)} holds a value, not keys; override it whole")
-
-
-def _child(node: Any, name: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, name, override)]
-    if not isinstance(node, dict):
-        raise RecipeError(
-            f"override {override!r}: {name!r} is below a value, not below keys; override that value whole"
-        )
-    if node.get(name) is None:
-        node[name] = {}
-    return node[name]
-
-
-def _index(node: list[Any], name: str, override: str) -> int:
-    if not name.isdigit() or int(name) >= len(node):
-        raise RecipeError(
-            f"override {override!r}: {name!r} is no item of a list of {len(node)}; use 0 to {len(node) - 1}"
-        )
-    return int(name)
-
-
-def _nearest(name: str, candidates: typing.Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
-def _explain(error: ValidationError, recipe_type: type[Section]) -> str:
-    """The first problem of a validation error as one line: key, value, what is allowed."""
-    problems = error.errors(include_url=False)
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    where = [str(part) for part in first["loc"]]
-    key = ".".join(where)
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_nearest_key(where, recipe_type)}{more}"
-    if first["type"] == "missing":
-        return f"{key}: this key is required; add it{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{key + ': ' if key else ''}{message}{more}"
-    shown = repr(first["input"])
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return f"{key}: {shown} is not accepted: {message[0].lower()}{message[1:]}; change the value{more}"
-
-
-def _nearest_key(where: Sequence[str], recipe_type: type[Section]) -> str:
-    """A hint for an unknown key: another trainer's name, the same name in another section, or the nearest spelling."""
-    *parents, last = where
-    allowed = {path: path.split(".")[-1] for path in _key_paths(recipe_type)}
-    prefix = ".".join(part for part in parents if not part.isdigit())
-    here = {path: name for path, name in allowed.items() if ".".join(path.split(".")[:-1]) == prefix}
-    wanted = _OTHER_NAMES.get(last, last)
-    for candidates in (here, allowed):
-        exact = [path for path, name in candidates.items() if name == wanted]
-        if exact:
-            return f"; did you mean {exact[0]!r}?"
-    for candidates in (here, allowed):
-        found = difflib.get_close_matches(last, list(candidates.values()), n=1, cutoff=0.6)
-        if found:
-            return f"; did you mean {next(path for path, name in candidates.items() if name == found[0])!r}?"
-    return f"; allowed here: {', '.join(sorted(here.values()))}"
-
-
-def _key_paths(section: type[Section], prefix: str = "") -> list[str]:
-    paths = []
-    for name, info in section.model_fields.items():
-        path = f"{prefix}{name}"
-        paths.append(path)
-        for inner in _sections_in(info.annotation):
-            paths.extend(_key_paths(inner, f"{path}."))
-    return paths
-
-
-def _sections_in(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [section for part in typing.get_args(annotation) for section in _sections_in(part)]
-
-
-def _walk(value: Any, key: str = "") -> typing.Iterator[tuple[str, Any]]:
-    if isinstance(value, Section):
-        for name in type(value).model_fields:
-            yield from _walk(getattr(value, name), f"{key}.{name}" if key else name)
-    elif isinstance(value, tuple):
-        for index, item in enumerate(value):
-            yield from _walk(item, f"{key}.{index}")
-    else:
-        yield key, value

@@ -26,7 +26,8 @@ from posttrain.errors import RunStopped
 from posttrain.interrupt import StopRequest, graceful_stop
 from posttrain.metrics import MetricsLog
 from posttrain.progress import Progress, before_after_table, paths_written
-from posttrain.recipe import SftRecipe, dump_recipe
+from posttrain.recipe import SftRecipe
+from posttrain.recipe_file import dump_recipe
 from posttrain.run_dir import RunDir
 
 if TYPE_CHECKING:

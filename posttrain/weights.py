@@ -8,99 +8,20 @@ a load and go on with old or mangled ones. A sampler without a valid receipt for
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from posttrain.errors import ParityError
 from posttrain.metrics import Metric
 from posttrain.parity import ParityReport
 from posttrain.recipe import ParitySection
-from posttrain.types import Sample
+from posttrain.wire import LoadReport, WeightSnapshot
 
 if TYPE_CHECKING:
     from posttrain.cluster import LearnerGroup, SamplerPool
-
-CHUNK_BYTES = 512 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class WireTensor:
-    """A tensor as bytes, whatever its type: NumPy has no bfloat16 and no float8."""
-
-    name: str
-    dtype: str  # as in torch, e.g. "bfloat16"
-    shape: tuple[int, ...]
-    data: np.ndarray  # uint8 [num_bytes]
-
-    @classmethod
-    def of(cls, name: str, tensor: torch.Tensor) -> WireTensor:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        # Copied: the learner goes on changing its weights while the samplers read these.
-        data = flat.view(torch.uint8).numpy().copy()
-        return cls(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
-
-    def tensor(self) -> torch.Tensor:
-        # Copied because shared memory is read-only and vLLM may write in place.
-        return torch.from_numpy(self.data.copy()).view(getattr(torch, self.dtype)).reshape(self.shape)
-
-
-def to_chunks(
-    tensors: Iterable[tuple[str, torch.Tensor]], chunk_bytes: int = CHUNK_BYTES
-) -> Iterator[list[WireTensor]]:
-    """Tensors as lists of at most `chunk_bytes` each (a larger single tensor makes a chunk of its own)."""
-    chunk: list[WireTensor] = []
-    size = 0
-    for name, tensor in tensors:
-        wire = WireTensor.of(name, tensor)
-        if chunk and size + wire.data.nbytes > chunk_bytes:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(wire)
-        size += wire.data.nbytes
-    if chunk:
-        yield chunk
-
-
-class Digest:
-    """SHA-256 over names, types, shapes and bytes, in the order they come."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self.num_bytes = 0
-
-    def add(self, chunk: Sequence[WireTensor]) -> None:
-        for wire in chunk:
-            self._hash.update(f"{wire.name}|{wire.dtype}|{wire.shape}|".encode())
-            self._hash.update(wire.data.data)
-            self.num_bytes += wire.data.nbytes
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class WeightSnapshot:
-    """The weights of one version, ready to be fetched: chunks are handles that the samplers can read."""
-
-    version: int
-    digest: str
-    num_bytes: int
-    chunks: tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What a sampler says after loading a snapshot."""
-
-    version: int
-    digest: str  # of what arrived
-    seconds: float
-    canary: tuple[Sample, ...]  # the canary with this sampler's logprobs and experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +118,3 @@ def publication_metrics(receipts: Sequence[Receipt]) -> dict[str, Metric]:
         "publish/canary_gap_max": Metric(max(receipt.canary.gap_max for receipt in receipts), "max"),
         "publish/megabytes": Metric(receipts[0].num_bytes / 1e6, "last"),
     }
-
-
-def canary_sample(sequence: tuple[int, ...], logprobs: Sequence[float], experts_TLK: np.ndarray | None) -> Sample:
-    """A canary sequence as a sample: its first token is the prompt, the others are scored."""
-    return Sample(sequence[:1], sequence[1:], tuple(logprobs), 0.0, experts_TLK)

@@ -6,6 +6,7 @@ in a process of its own with a hard time limit (see `rewards.math_worker`), so t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -119,10 +120,8 @@ class _Judge:
         process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):  # an unsent request to a dead worker
                     pipe.close()
-                except BrokenPipeError:
-                    pass  # an unsent request to a dead worker
 
 
 _judge = _Judge()

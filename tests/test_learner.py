@@ -83,9 +83,7 @@ def test_gradient_equals_plain_transformers_and_a_hand_written_loss(learner: Lea
     samples = near(random_samples(LENGTHS), model)
     algorithm = AlgorithmSection(epsilon=0.2, epsilon_high=0.28, beta=0.05, loss_aggregation=aggregation)
     logprobs = [completion_logprobs(model, sample) for sample in samples]
-    grpo_loss(
-        samples, logprobs, epsilon_low=0.2, epsilon_high=0.28, beta=0.05, aggregation=aggregation
-    ).backward()
+    grpo_loss(samples, logprobs, epsilon_low=0.2, epsilon_high=0.28, beta=0.05, aggregation=aggregation).backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_same(gradients(learner, samples, algorithm), expected, 1e-5)
 

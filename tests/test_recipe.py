@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from posttrain.cli import run_stage
-from posttrain.recipe import GrpoRecipe, Recipe, RecipeError, SftRecipe, dump_recipe, load_recipe
+from posttrain.recipe import GrpoRecipe, Recipe, RecipeError, SftRecipe
+from posttrain.recipe_file import dump_recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(ROOT.glob("recipes/**/*.yaml"))
@@ -62,6 +63,7 @@ MALFORMED_OVERRIDES = [
     ("rollout.max_completion_length=4096", "rollout.max_completion_length", "raise sampler.max_model_len"),
     ("learner.row_length=99999", "learner", "raise max_tokens_per_microbatch"),
     ("learner.row_length=64", "learner.row_length", "raise learner.row_length"),
+    ("parity.canary_length=256", "parity.canary_length", "lower parity.canary_length"),
     ("stage=grop", "stage", "did you mean 'grpo'"),
     ("nonsense", "nonsense", "written key.path=value"),
     ("seed.inner=1", "seed", "valid integer"),

@@ -11,17 +11,36 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CONTRACT = """
-reward/mean reward/accuracy/mean reward/std completion/length_mean completion/truncated_fraction policy/entropy
-policy/clip_fraction policy/kl_ref parity/logprob_abs_max parity/logprob_abs_mean parity/kl_sampler_learner
-parity/routing_agreement parity/flipped_tokens router/max_violation lag/max time/rollout time/reward time/learn
-time/publish time/step throughput/samples_per_second throughput/tokens_per_second
-""".split()
+CONTRACT = [
+    "reward/mean",
+    "reward/accuracy/mean",
+    "reward/std",
+    "completion/length_mean",
+    "completion/truncated_fraction",
+    "policy/entropy",
+    "policy/clip_fraction",
+    "policy/kl_ref",
+    "parity/logprob_abs_max",
+    "parity/logprob_abs_mean",
+    "parity/kl_sampler_learner",
+    "parity/routing_agreement",
+    "parity/flipped_tokens",
+    "router/max_violation",
+    "lag/max",
+    "time/rollout",
+    "time/reward",
+    "time/learn",
+    "time/publish",
+    "time/step",
+    "throughput/samples_per_second",
+    "throughput/tokens_per_second",
+]
 
 GRPO = """
 stage: grpo
@@ -35,12 +54,15 @@ rollout: {num_prompts: 4, num_generations: 4, max_completion_length: 16}
 algorithm: {num_minibatches: 2}
 optimizer: {learning_rate: 1.0e-3}
 sampler: {max_model_len: 64, num_threads: 1}
+parity: {canary_length: 32}
 learner: {row_length: 64, max_tokens_per_microbatch: 512, num_threads: 1}
 checkpoint: {save_steps: 1}
 """
 
 # A policy with random weights is never right, so this reward gives the groups something to differ in.
-REWARD = "def score(completion, answer, **metadata):\n    return (len(completion) * 7 + completion.count('e')) % 5 / 5\n"
+REWARD = (
+    "def score(completion, answer, **metadata):\n    return (len(completion) * 7 + completion.count('e')) % 5 / 5\n"
+)
 
 
 @pytest.fixture
@@ -192,21 +214,23 @@ def test_sft_resumes_exactly_experts_and_bias_included(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def dashboard() -> Iterator[str]:
-    """A Ray head with a dashboard that accepts jobs."""
-    address = "http://127.0.0.1:8299"
+def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A Ray head of its own, with a dashboard on loopback that accepts jobs."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     ray = str(Path(sys.executable).parent / "ray")
-    environment = {**os.environ, "RAY_ADDRESS": ""}
-    words = [ray, "start", "--head", "--port=6399", "--dashboard-host=127.0.0.1", "--dashboard-port=8299"]
-    subprocess.run([*words, "--num-cpus=3"], check=True, capture_output=True, env=environment)
-    yield address
-    subprocess.run([ray, "stop", "--force"], check=True, capture_output=True)
+    words = [ray, "start", "--head", "--block", "--port=6399", "--num-cpus=3"]
+    words += ["--dashboard-host=127.0.0.1", "--dashboard-port=8299"]
+    head = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    yield "http://127.0.0.1:8299"
+    # Not `ray stop`: that would end every Ray of this machine.
+    head.terminate()
+    head.wait(timeout=60)
 
 
 def test_a_ray_job_runs_the_stage_and_stopping_it_leaves_a_whole_checkpoint(
     recipe: Path, tmp_path: Path, dashboard: str
 ) -> None:
-    from ray.job_submission import JobStatus, JobSubmissionClient
+    from ray.job_submission import JobStatus
 
     client = wait_for_dashboard(dashboard)
     python = f"{sys.executable} -m posttrain.grpo {recipe}"
@@ -234,7 +258,7 @@ def test_a_ray_job_runs_the_stage_and_stopping_it_leaves_a_whole_checkpoint(
         time.sleep(0.5)
 
 
-def wait_for_dashboard(address: str) -> "JobSubmissionClient":  # noqa: F821, UP037
+def wait_for_dashboard(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     end = time.monotonic() + 60
@@ -246,7 +270,7 @@ def wait_for_dashboard(address: str) -> "JobSubmissionClient":  # noqa: F821, UP
             time.sleep(1)
 
 
-def wait_for_end(client: "JobSubmissionClient", job: str) -> "JobStatus":  # noqa: F821, UP037
+def wait_for_end(client: Any, job: str) -> Any:
     end = time.monotonic() + 300
     while not client.get_job_status(job).is_terminal():
         assert time.monotonic() < end, client.get_job_logs(job)
