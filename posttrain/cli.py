@@ -3,6 +3,9 @@
     python -m posttrain.<stage> recipe.yaml [key.path=value ...] [--key.path value ...] [--dry-run] [--resume]
 
 A recipe that cannot be run is refused here with one line and exit code 2, before anything heavy is imported.
+
+Exit codes: what the stage returns (0 done, 130 ended early by a signal), 2 a recipe that cannot be run, 3 a run that had
+to stop. Any other error keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,21 +15,25 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from posttrain.errors import RunStopped
 from posttrain.plan import describe
-from posttrain.recipe import EvalSection, Recipe, RecipeError, RewardSection
-from posttrain.recipe_file import check_files, load_recipe
-from rewards import RewardFunction
+from posttrain.recipe import DatasetSection, PipelineRecipe, Recipe, RecipeError, RewardSection
+from posttrain.recipe_file import check_files, load_recipe, module_of, nearest, stage_recipe
 
+RESUMABLE = ("sft", "grpo")
+OPTIONS = ("--config", "--dry-run", "--resume", "--help")
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -34,80 +41,128 @@ QUIET = {
 }
 
 
-def run_stage(stage: str, run: Callable[..., int], argv: Sequence[str] | None = None) -> int:
+def run_stage(stage: str, run: Callable[..., int | None], argv: Sequence[str] | None = None) -> int:
     """Parse the command line, check the recipe and run the stage.
 
     Returns:
-        What `run(recipe, resume=...)` returns; 2 for a recipe that cannot be run, 3 for a run that had to stop, 130 when
-        it was interrupted.
+        What `run(recipe, resume=...)` returns (None is 0); 2 for a recipe that cannot be run, 3 for a run that had to
+        stop, 130 when it was interrupted.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         source, overrides, dry_run, resume = parse(stage, arguments)
         recipe = load_recipe(source, overrides, stage=stage)
         check_packages()
-        check_files(recipe, source)
-        check_rewards(recipe, source)
+        check_recipe(recipe, source)
+        plan = describe(recipe) if dry_run else ""
     except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _end("error", error, 2)
     if dry_run:
-        print(describe(recipe))
+        print(plan)
         return 0
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return run(recipe, resume=resume)
+        with _sigterm_interrupts():
+            return run(recipe, resume=resume) or 0
+    except RecipeError as error:
+        return _end("error", error, 2)
     except RunStopped as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 3
+        return _end("stopped", error, 3)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
+def _end(word: str, error: Exception, code: int) -> int:
+    print(f"{word}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM, which `ray job stop` sends, ends a run as Ctrl-C does: with its clean-up."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
 def parse(stage: str, arguments: Sequence[str]) -> tuple[str, list[str], bool, bool]:
-    """The recipe's path, the overrides, --dry-run, --resume.
+    """The recipe's path, the overrides in their order, --dry-run, --resume.
 
     Raises:
         RecipeError: no recipe, two of them, or an option that does not exist.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m posttrain.{stage}", allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("words", nargs="*", metavar="recipe.yaml | key.path=value")
-    parser.add_argument("--config", help="the recipe, instead of the first word")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module_of(stage)}",
+        usage="%(prog)s recipe.yaml [key.path=value ...] [--key.path value ...] [options]",
+        description="key.path=value changes the recipe, e.g. optimizer.learning_rate=1e-5 datasets.0.size=500",
+        epilog="docs/recipes.md lists the keys",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("recipe", nargs="?", help="the recipe, a YAML file")
+    parser.add_argument("--config", metavar="FILE", help="the recipe, instead of the first word")
     parser.add_argument("--dry-run", action="store_true", help="check the recipe, print the plan and stop")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run directory")
-    words, options = _split_overrides(arguments)
+    if stage in RESUMABLE:
+        parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of the run")
+    words, overrides = _split_overrides(stage, arguments)
     try:
-        known, unknown = parser.parse_known_args(words)
+        known, extra = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
         raise RecipeError(f"command line: {error}; see --help") from None
-    if unknown:
-        raise RecipeError(f"command line: {unknown[0]!r} is no option; options are --config, --dry-run, --resume")
-    files = [word for word in known.words if "=" not in word]
-    if known.config:
-        files.insert(0, known.config)
+    files = [*filter(None, (known.config, known.recipe)), *extra]
     if len(files) != 1:
         given = ", ".join(map(repr, files)) or "none"
         raise RecipeError(f"command line: give one recipe file, not {given}; a change to it is written key.path=value")
-    overrides = [word for word in known.words if "=" in word] + options
-    return files[0], overrides, known.dry_run, known.resume
+    return files[0], overrides, known.dry_run, stage in RESUMABLE and known.resume
 
 
-def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take `--a.b v` and `--a.b=v` out of the command line, as `a.b=v`."""
-    words, overrides = [], []
+def _split_overrides(stage: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take `a.b=v`, `--a.b=v` and `--a.b v` out of the command line, as `a.b=v`."""
+    words: list[str] = []
+    overrides: list[str] = []
     rest = iter(arguments)
     for word in rest:
         name, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and "." in name:
+        if word == "--config":
+            words.extend((word, *_next(rest)))
+        elif word in ("--dry-run", "-h", "--help") or word.startswith("--config="):
+            words.append(word)
+        elif word == "--resume":
+            if stage not in RESUMABLE:
+                why = "goes on by itself where it stopped" if stage == "pipeline" else "has nothing to go on from"
+                raise RecipeError(f"command line: '--resume': {stage} {why}; leave --resume out")
+            words.append(word)
+        elif word.startswith("-"):
             if not equals:
-                value = next(rest, "")
+                value = next(iter(_next(rest)), "")
+            if not word.startswith("--") or not name or (not equals and (not value or value.startswith("--"))):
+                hint = nearest(word, OPTIONS) or f"; options are {', '.join(OPTIONS)}"
+                raise RecipeError(f"command line: {word!r} is no option and has no value{hint}; see --help")
             overrides.append(f"{name}={value}")
+        elif equals:
+            overrides.append(word)
         else:
             words.append(word)
     return words, overrides
+
+
+def _next(words: Iterator[str]) -> list[str]:
+    """The next word as a list; empty when there is none."""
+    return [word for word in (next(words, None),) if word is not None]
+
+
+# --- what only looking around can tell --------------------------------------------------------------------------------
 
 
 def check_packages() -> None:
@@ -119,36 +174,89 @@ def check_packages() -> None:
     home = Path(__file__).resolve().parent.parent
     for name in ("rewards", "data", "eval"):
         spec = importlib.util.find_spec(name)
-        found = Path(spec.origin).resolve() if spec and spec.origin else None
-        if found is None or found.parent.parent != home:
+        places = [Path(place).resolve() for place in (spec.submodule_search_locations or ())] if spec else []
+        if home / name not in places:
+            found = ", ".join(map(str, places)) or (spec and spec.origin) or "nowhere"
             raise RecipeError(
-                f"the package {name!r} is imported from {found} and not from {home}: rename yours, or run from a "
-                f"directory without a folder of that name"
+                f"the package {name!r} is imported from {found} and not from {home / name}: rename that one, or start "
+                f"from a directory without it"
             )
 
 
-def check_rewards(recipe: Recipe, source: str) -> None:
+def check_recipe(recipe: Recipe, source: str | Path, *, made_in: Path | None = None) -> None:
+    """Check what the recipe names: files, tasks, rewards and, of a pipeline, all that for its stages.
+
+    Args:
+        recipe: to check.
+        source: its file, for the message.
+        made_in: the run directory of the pipeline that this is a stage of; earlier stages write there.
+
+    Raises:
+        RecipeError: something is not there, or is not what it is used as.
+    """
+    check_files(recipe, source, made_in=made_in)
+    check_tasks(recipe, source)
+    check_rewards(recipe, source)
+    if not isinstance(recipe, PipelineRecipe):
+        return
+    for index, section in enumerate(recipe.stages):
+        try:
+            check_recipe(stage_recipe(section, recipe.run_dir), section.recipe, made_in=recipe.run_dir)
+        except RecipeError as error:
+            raise RecipeError(f"{source}: stages.{index} ({section.name}): {error}") from None
+
+
+def check_tasks(recipe: Recipe, source: str | Path) -> None:
+    """Check that every generated task, and each of its levels, exists.
+
+    Raises:
+        RecipeError: there is no such task or level.
+    """
+    from data.tasks import get_task, task_names
+
+    lists: dict[str, tuple[DatasetSection, ...]] = {"datasets": getattr(recipe, "datasets", ())}
+    evaluation = getattr(recipe, "eval", None)
+    if evaluation is not None:
+        lists["eval.datasets"] = evaluation.datasets
+    for key, sections in lists.items():
+        for index, section in enumerate(sections):
+            if section.task is None:
+                continue
+            if section.task not in task_names():
+                hint = nearest(section.task, task_names()) or f"; tasks are {', '.join(task_names())}"
+                raise RecipeError(f"{source}: {key}.{index}.task: {section.task!r} is no task{hint}")
+            known = get_task(section.task).levels
+            wrong = [level for level in section.levels if level not in known]
+            if wrong:
+                raise RecipeError(
+                    f"{source}: {key}.{index}.levels: {section.task} has no level {wrong[0]}; "
+                    f"use some of {', '.join(map(str, known))}"
+                )
+
+
+def check_rewards(recipe: Recipe, source: str | Path) -> None:
     """Resolve every reward the recipe names.
 
     Raises:
         RecipeError: one does not resolve, or does not take the options given.
     """
+    # Not above: where another package is called `rewards`, `check_packages` says so first.
+    from rewards import RewardFunction
+
     sections: list[tuple[str, RewardSection]] = [
         (f"rewards.{index}", section) for index, section in enumerate(getattr(recipe, "rewards", ()))
     ]
-    evaluation: EvalSection | None = getattr(recipe, "eval", None)
+    evaluation = getattr(recipe, "eval", None)
     if evaluation is not None:
         sections.append(("eval.reward", evaluation.reward))
     for key, section in sections:
         try:
             RewardFunction(section.label, section.func, section.weight, dict(section.kwargs))
         except ValueError as error:
-            raise RecipeError(f"{source}: {key}.func: {error}") from None
+            raise RecipeError(f"{source}: {key}.func: {error}") from error
         except Exception as error:  # a user's file may fail in any way when it is imported
+            frame = traceback.extract_tb(error.__traceback__)[-1]
             raise RecipeError(
-                f"{source}: {key}.func: {section.func!r} fails to import: {type(error).__name__}: {error}; mend it"
+                f"{source}: {key}.func: {section.func!r} fails to import: {type(error).__name__}: {error} "
+                f"({frame.filename}, line {frame.lineno}); mend it"
             ) from error
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -7,6 +7,7 @@ imported here: a wrong recipe is refused before torch is loaded.
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -62,6 +63,15 @@ class BuildSection(Section):
     initializer_range: Positive = 0.06  # a policy this narrow learns to copy far sooner than with the usual 0.02
 
     @model_validator(mode="after")
+    def _latent_can_be_decoded(self) -> BuildSection:
+        if (self.kv_lora_rank, self.qk_rope_head_dim) != (512, 64):
+            raise ValueError(
+                f"kv_lora_rank={self.kv_lora_rank} with qk_rope_head_dim={self.qk_rope_head_dim}: vLLM's CPU kernel for "
+                f"MLA decodes 512 with 64 only; leave both out and make the other sizes small"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _router_is_possible(self) -> BuildSection:
         if self.n_routed_experts % self.n_group:
             raise ValueError(
@@ -106,13 +116,26 @@ class ModelSection(Section):
         return self
 
 
+def require_checkpoint(model: ModelSection, stage: str) -> None:
+    """Refuse `model.build` where a stage needs weights that have learnt something.
+
+    Raises:
+        ValueError: no checkpoint is named.
+    """
+    if model.model_name_or_path is None:
+        raise ValueError(
+            f"model.build: {stage} needs a checkpoint; build the model in an SFT stage and give its checkpoints/latest as "
+            f"model.model_name_or_path"
+        )
+
+
 class DatasetSection(Section):
     """A source of records: a generated task family (`task`) or a file or hub name read with `datasets` (`path`)."""
 
     task: str | None = None  # chain_sum, products, letter_counting
-    levels: tuple[PositiveInt, ...] = (1,)
+    levels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
     size: PositiveInt | None = None  # records; for `path`, None takes all
-    worked_fraction: Fraction = 1.0  # SFT on a task: share of records with the written-out reasoning
+    worked_fraction: Fraction = 1.0  # SFT: share of the records with a worked solution that are trained with it
     path: str | None = None  # .jsonl, .parquet or a hub name
     name: str | None = None  # configuration of a hub dataset
     split: str | None = None  # default: "train" for training, "eval" (tasks) or "test" (files) for evaluation
@@ -125,26 +148,47 @@ class DatasetSection(Section):
             raise ValueError("give exactly one of task (a generated family) and path (a file or hub name)")
         if self.task is not None and self.size is None:
             raise ValueError(f"task {self.task!r} needs size, the number of records to generate; add e.g. size: 1000")
-        ignored = {"name", "columns"} if self.task is not None else {"levels", "worked_fraction"}
+        ignored = {"name", "columns"} if self.task is not None else {"levels"}
         useless = sorted(ignored & self.model_fields_set)
         if useless:
             kind = "task" if self.task is not None else "path"
             raise ValueError(f"{', '.join(useless)} has no meaning beside {kind}; remove it")
+        if len(set(self.levels)) < len(self.levels):
+            raise ValueError(f"levels={list(self.levels)} names a level twice; name each once")
+        if self.task is not None and self.split not in (None, "train", "eval"):
+            raise ValueError(
+                f"split={self.split!r}: generated tasks have 'train' and 'eval'; name one, or leave it out"
+            )
         return self
+
+    def refuse(self, place: str, *keys: str) -> None:
+        """Refuse keys that this list of datasets would ignore.
+
+        Args:
+            place: the list, e.g. "eval.datasets".
+            keys: that have no meaning there.
+
+        Raises:
+            ValueError: one of them was given.
+        """
+        given = [key for key in keys if key in self.model_fields_set]
+        if given:
+            raise ValueError(f"{place}: {given[0]}={getattr(self, given[0])!r} has no meaning here; remove it")
 
 
 class RewardSection(Section):
     """One reward function: `module:function` or `path/to/file.py:function`."""
 
     func: str
-    name: str | None = None  # metric name; default: the last part of the module
+    name: str | None = None  # metric name; default: the module's or the file's
     weight: Number = 1.0
     kwargs: Mapping[str, Any] = Field(default_factory=dict)
 
     @property
     def label(self) -> str:
         """Name under which the reward is logged: `reward/<label>/mean`."""
-        return self.name or Path(self.func.partition(":")[0].replace(".", "/")).stem.removesuffix("/py")
+        place = self.func.rpartition(":")[0] or self.func
+        return self.name or (Path(place).stem if place.endswith(".py") else place.rpartition(".")[2])
 
 
 class SamplerSection(Section):
@@ -158,6 +202,12 @@ class SamplerSection(Section):
     num_cpus: NonNegative = 1  # what Ray reserves for one worker
     num_threads: PositiveInt = 2  # OpenMP threads of one worker on CPU
     start_timeout_seconds: Positive = 300
+
+    @model_validator(mode="after")
+    def _whole_gibibytes(self) -> SamplerSection:
+        if self.kv_cache_gib != int(self.kv_cache_gib):
+            raise ValueError(f"kv_cache_gib={self.kv_cache_gib:g}: vLLM takes whole GiB; give 1, 2, ...")
+        return self
 
 
 class SamplingSection(Section):
@@ -174,7 +224,7 @@ class OptimizerSection(Section):
 
     learning_rate: Positive = 1e-6
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    min_learning_rate: NonNegative = 0.0  # where linear and cosine end (DeepSeek-V3's SFT: 5e-6 to 1e-6, cosine)
+    min_learning_rate: NonNegative = 0.0  # where a cosine ends (DeepSeek-V3's SFT: 5e-6 to 1e-6)
     warmup_steps: NonNegativeInt = 0
     weight_decay: NonNegative = 0.0
     adam_beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
@@ -188,8 +238,10 @@ class OptimizerSection(Section):
             raise ValueError(
                 f"min_learning_rate={self.min_learning_rate} exceeds learning_rate={self.learning_rate}; lower it"
             )
-        if self.lr_scheduler_type == "constant" and self.min_learning_rate:
-            raise ValueError("min_learning_rate has no meaning with lr_scheduler_type: constant; remove it")
+        if self.lr_scheduler_type != "cosine" and self.min_learning_rate:
+            raise ValueError(
+                f"min_learning_rate has no meaning with lr_scheduler_type: {self.lr_scheduler_type}; remove it"
+            )
         return self
 
 
@@ -210,6 +262,26 @@ class EvalSection(Section):
     temperature: Annotated[Number, Field(gt=0)] = 1.0
     seed: NonNegativeInt = 1234
     eval_steps: NonNegativeInt = 0  # GRPO: also every so many steps; 0 is before and after only
+
+    @model_validator(mode="after")
+    def _all_of_it_counts(self) -> EvalSection:
+        for index, dataset in enumerate(self.datasets):
+            dataset.refuse(f"datasets.{index}", "weight", "worked_fraction")
+        return self
+
+    def check_fits(self, sampler: SamplerSection, *, during_training: bool) -> None:
+        """Refuse an evaluation that the stage cannot do as asked.
+
+        Raises:
+            ValueError: completions longer than the sampler's window, or eval_steps where there are no steps to count.
+        """
+        if self.max_completion_length >= sampler.max_model_len:
+            raise ValueError(
+                f"eval.max_completion_length={self.max_completion_length} leaves no room for a prompt in "
+                f"sampler.max_model_len={sampler.max_model_len}; raise sampler.max_model_len"
+            )
+        if self.eval_steps and not during_training:
+            raise ValueError(f"eval.eval_steps={self.eval_steps}: only GRPO evaluates between its steps; remove it")
 
 
 class CheckpointSection(Section):
@@ -267,6 +339,12 @@ class SftRecipe(Recipe):
     eval: EvalSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    @model_validator(mode="after")
+    def _eval_fits(self) -> SftRecipe:
+        if self.eval is not None:
+            self.eval.check_fits(self.sampler, during_training=False)
+        return self
 
 
 class RolloutSection(Section):
@@ -381,10 +459,19 @@ class GrpoRecipe(Recipe):
                 f"parity.canary_length={self.parity.canary_length} does not fit sampler.max_model_len="
                 f"{self.sampler.max_model_len}; lower parity.canary_length"
             )
-        labels = [reward.label for reward in self.rewards]
-        twice = sorted({label for label in labels if labels.count(label) > 1})
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> GrpoRecipe:
+        require_checkpoint(self.model, "GRPO")
+        for index, dataset in enumerate(self.datasets):
+            dataset.refuse(f"datasets.{index}", "worked_fraction")
+        if self.eval is not None:
+            self.eval.check_fits(self.sampler, during_training=True)
+        labels = Counter(reward.label for reward in self.rewards)
+        twice = [label for label, count in labels.items() if count > 1]
         if twice:
-            raise ValueError(f"rewards named {twice[0]!r} appear more than once; give each its own name")
+            raise ValueError(f"rewards: {labels[twice[0]]} are named {twice[0]!r}; give each its own name")
         return self
 
 
@@ -396,12 +483,18 @@ class EvalRecipe(Recipe):
     eval: EvalSection
     sampler: SamplerSection = SamplerSection()
 
+    @model_validator(mode="after")
+    def _eval_fits(self) -> EvalRecipe:
+        require_checkpoint(self.model, "evaluation")
+        self.eval.check_fits(self.sampler, during_training=False)
+        return self
+
 
 class StageSection(Section):
     """A stage of a pipeline: a recipe file and what to change in it."""
 
-    name: str
-    recipe: str  # path, relative to the pipeline's file
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # also its folder in the run directory
+    recipe: str  # path, from where the command is started
     overrides: tuple[str, ...] = ()
 
 
@@ -410,6 +503,13 @@ class PipelineRecipe(Recipe):
 
     stage: Literal["pipeline"] = "pipeline"
     stages: tuple[StageSection, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> PipelineRecipe:
+        twice = [name for name, count in Counter(stage.name for stage in self.stages).items() if count > 1]
+        if twice:
+            raise ValueError(f"stages: two are named {twice[0]!r} and would share a folder; give each its own name")
+        return self
 
 
 RECIPES: Mapping[str, type[Recipe]] = types.MappingProxyType(

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from posttrain.recipe import RECIPES, DatasetSection, Recipe, RecipeError, Section
+from posttrain.recipe import RECIPES, DatasetSection, PipelineRecipe, Recipe, RecipeError, Section, StageSection
 
 # Names that users of other trainers type, and ours. Unknown keys are also matched by spelling.
-_OTHER_NAMES = {
+OTHER_NAMES = {
     "lr": "learning_rate",
     "torch_dtype": "dtype",
     "max_seq_length": "max_length",
@@ -36,6 +36,8 @@ _OTHER_NAMES = {
     "model_name": "model_name_or_path",
     "dataset_name": "path",
 }
+
+DATA_ENDINGS = (".jsonl", ".json", ".parquet")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, stage: str | None = None) -> Any:
@@ -54,22 +56,36 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, stage: str |
         RecipeError: whatever is wrong, in one line.
     """
     path = Path(path)
-    tree = _read_tree(path, seen=())
+    tree = _read_tree(path)
     for override in overrides:
         _apply_override(tree, override)
     named = tree.get("stage", stage)
-    if named is None or named not in RECIPES:
-        hint = _nearest(str(named), RECIPES) if named is not None else ""
+    if not isinstance(named, str) or named not in RECIPES:
+        hint = nearest(named, RECIPES) if isinstance(named, str) else "; add e.g. stage: sft"
         raise RecipeError(f"{path}: stage: {named!r} is not a stage; allowed: {', '.join(RECIPES)}{hint}")
     if stage is not None and named != stage:
         raise RecipeError(
-            f"{path}: stage: this is a recipe for {named!r}; run it with python -m {_module(named)} {path}"
+            f"{path}: stage: this is a recipe for {named!r}; run it with python -m {module_of(named)} {path}"
         )
-    tree.setdefault("run_name", path.stem)
+    if tree.get("run_name") is None:
+        tree["run_name"] = path.stem
     try:
         return RECIPES[named].model_validate(tree)
     except ValidationError as error:
         raise RecipeError(f"{path}: {_explain(error, RECIPES[named])}") from None
+
+
+def stage_recipe(section: StageSection, run_dir: Path) -> Any:
+    """The recipe that a pipeline's stage runs: its file, its overrides, and a folder in the pipeline's run directory.
+
+    Raises:
+        RecipeError: whatever is wrong with it, or a pipeline inside a pipeline.
+    """
+    changes = [change.replace("{run_dir}", str(run_dir)) for change in section.overrides]
+    recipe = load_recipe(section.recipe, [*changes, f"run_name={section.name}", f"output_dir={run_dir / section.name}"])
+    if isinstance(recipe, PipelineRecipe):
+        raise RecipeError(f"{section.recipe}: stage: 'pipeline' inside a pipeline; list its stages in the outer one")
+    return recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -77,18 +93,42 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(_plain(recipe), sort_keys=False)
 
 
+def module_of(stage: str) -> str:
+    """What `python -m` runs for a stage."""
+    return "eval" if stage == "eval" else f"posttrain.{stage}"
+
+
 def is_local_path(name: str) -> bool:
     """Whether a model or dataset name means a place on disk rather than a hub name (`owner/name`)."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1 or bool(Path(name).suffix)
+    marked = name.startswith((".", "/", "~")) or name.endswith(DATA_ENDINGS)
+    return marked or name.count("/") != 1 or Path(name).exists()
 
 
-def check_files(recipe: Recipe, source: str | Path) -> None:
-    """Refuse a recipe whose local files are not there (hub names are not looked up)."""
+def check_files(recipe: Recipe, source: str | Path, *, made_in: Path | None = None) -> None:
+    """Refuse a recipe whose local files are not there (hub names are not looked up).
+
+    Args:
+        recipe: to check.
+        source: its file, for the message.
+        made_in: a directory whose content earlier stages of a pipeline make; what lies in it is not asked for.
+
+    Raises:
+        RecipeError: a file does not exist, or a checkpoint has no config.json.
+    """
     for key, value in _walk(recipe):
-        wanted = key.endswith(("model.model_name_or_path", ".path")) and isinstance(value, str)
-        if wanted and is_local_path(value) and not Path(value).expanduser().exists():
+        if not key.endswith(("model.model_name_or_path", ".path")) or not isinstance(value, str):
+            continue
+        path = Path(value).expanduser()
+        if not is_local_path(value) or (made_in is not None and path.is_relative_to(made_in)):
+            continue
+        if not path.exists():
             raise RecipeError(
                 f"{source}: {key}: {value!r} does not exist; give a path that does, or a hub name (owner/name)"
+            )
+        if key.endswith("model_name_or_path") and not (path / "config.json").is_file():
+            raise RecipeError(
+                f"{source}: {key}: {value!r} is no checkpoint in Hugging Face format: it has no config.json; give the "
+                f"directory that has it, e.g. runs/<name>/checkpoints/latest"
             )
 
 
@@ -103,41 +143,74 @@ def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def _module(stage: str) -> str:
-    return "eval" if stage == "eval" else f"posttrain.{stage}"
+def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value with its key path."""
+    if isinstance(value, Section):
+        for name in type(value).model_fields:
+            yield from _walk(getattr(value, name), f"{key}.{name}" if key else name)
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _walk(item, f"{key}.{index}")
+    else:
+        yield key, value
 
 
-def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise RecipeError(f"{path}: extends: the files extend each other in a circle; remove one extends")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(
-            f"{path}: no such recipe file{_nearest(path.name, _siblings(path))}; give the path of a YAML file"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error}); give a UTF-8 YAML file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RecipeError(
-            f"{path}: not readable as YAML{where}: {getattr(error, 'problem', error)}; mend that line"
-        ) from None
-    if not isinstance(tree, dict):
-        raise RecipeError(
-            f"{path}: a recipe is a mapping of keys to values, not {type(tree).__name__}; see recipes/README.md"
-        )
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key said twice, of which PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            # "<<" merges another mapping in and may come more than once.
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                if key_node.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key_node.value!r} is there twice", key_node.start_mark
+                    )
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The content of a recipe file over that of the file it extends.
+
+    Raises:
+        RecipeError: no such file, not readable, no mapping, or files that extend each other in a circle.
+    """
+    tree = _read_file(path, f"{seen[-1]}: extends: " if seen else "")
     base = tree.pop("extends", None)
     if base is None:
         return tree
     if not isinstance(base, str):
         raise RecipeError(f"{path}: extends: {base!r} is not a path; give the path of another recipe")
-    return _merge(_read_tree(path.parent / base, (*seen, path.resolve())), tree)
+    chain = (*seen, path)
+    if (path.parent / base).resolve() in [file.resolve() for file in chain]:
+        raise RecipeError(f"{path}: extends: {base!r} leads back here in a circle; remove one extends")
+    return _merge(_read_tree(path.parent / base, chain), tree)
 
 
-def _siblings(path: Path) -> list[str]:
-    return [file.name for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+def _read_file(path: Path, named_by: str) -> dict[str, Any]:
+    """A file as it is. `named_by` says in messages who asked for it."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # a SafeLoader
+    except FileNotFoundError:
+        siblings = [file.name for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise RecipeError(
+            f"{named_by}{path}: no such recipe file{nearest(path.name, siblings)}; give the path of a YAML file"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{named_by}{path}: cannot be read ({error}); give a UTF-8 YAML file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise RecipeError(f"{named_by}{path}: not readable as YAML{where}: {problem}; mend that line") from None
+    if not isinstance(tree, dict):
+        found = "empty" if tree is None else f"a {type(tree).__name__}"
+        raise RecipeError(
+            f"{named_by}{path}: a recipe is a mapping of keys to values and this file is {found}; see docs/recipes.md"
+        )
+    return tree
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,11 +222,22 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
+    """Change one value of a tree in place.
+
+    Args:
+        tree: of a recipe; sections on the way that are not there are made.
+        override: `key.path=value`.
+
+    Raises:
+        RecipeError: not of that form, or a path that leads nowhere.
+    """
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise RecipeError(f"override {override!r}: write key.path=value, e.g. optimizer.learning_rate=1e-5")
+    if not text:
+        raise RecipeError(f"override {override!r}: there is no value; write one after =, or null for none")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _StrictLoader)
     except yaml.YAMLError:
         raise RecipeError(f"override {override!r}: the value {text!r} is not readable as YAML; quote it") from None
     *parents, last = key.split(".")
@@ -181,14 +265,17 @@ def _child(node: Any, name: str, override: str) -> Any:
 
 
 def _index(node: list[Any], name: str, override: str) -> int:
-    if not name.isdigit() or int(name) >= len(node):
+    if not node:
+        raise RecipeError(f"override {override!r}: the list is empty; override it whole")
+    if not name.isdecimal() or int(name) >= len(node):
         raise RecipeError(
             f"override {override!r}: {name!r} is no item of a list of {len(node)}; use 0 to {len(node) - 1}"
         )
     return int(name)
 
 
-def _nearest(name: str, candidates: typing.Iterable[str]) -> str:
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """A hint to add to a message: the candidate spelled most like `name`; empty when none is near."""
     found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return f"; did you mean {found[0]!r}?" if found else ""
 
@@ -205,10 +292,10 @@ def _explain(error: ValidationError, recipe_type: type[Section]) -> str:
     if first["type"] == "missing":
         return f"{key}: this key is required; add it{more}"
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{key + ': ' if key else ''}{message}{more}"
     shown = repr(first["input"])
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    if first["type"] == "value_error" and isinstance(first["input"], Mapping):
+        return f"{key + ': ' if key else ''}{message}{more}"  # a section's own message has the values in it
     return f"{key}: {shown} is not accepted: {message[0].lower()}{message[1:]}; change the value{more}"
 
 
@@ -218,7 +305,7 @@ def _nearest_key(where: Sequence[str], recipe_type: type[Section]) -> str:
     allowed = {path: path.split(".")[-1] for path in _key_paths(recipe_type)}
     prefix = ".".join(part for part in parents if not part.isdigit())
     here = {path: name for path, name in allowed.items() if ".".join(path.split(".")[:-1]) == prefix}
-    wanted = _OTHER_NAMES.get(last, last)
+    wanted = OTHER_NAMES.get(last, last)
     for candidates in (here, allowed):
         exact = [path for path, name in candidates.items() if name == wanted]
         if exact:
@@ -231,6 +318,7 @@ def _nearest_key(where: Sequence[str], recipe_type: type[Section]) -> str:
 
 
 def _key_paths(section: type[Section], prefix: str = "") -> list[str]:
+    """Every key below a section, written `section.key`; items of lists have no index."""
     paths = []
     for name, info in section.model_fields.items():
         path = f"{prefix}{name}"
@@ -244,14 +332,3 @@ def _sections_in(annotation: Any) -> list[type[Section]]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     return [section for part in typing.get_args(annotation) for section in _sections_in(part)]
-
-
-def _walk(value: Any, key: str = "") -> typing.Iterator[tuple[str, Any]]:
-    if isinstance(value, Section):
-        for name in type(value).model_fields:
-            yield from _walk(getattr(value, name), f"{key}.{name}" if key else name)
-    elif isinstance(value, tuple):
-        for index, item in enumerate(value):
-            yield from _walk(item, f"{key}.{index}")
-    else:
-        yield key, value

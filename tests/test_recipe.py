@@ -175,7 +175,7 @@ def test_options_may_be_written_as_flags(tmp_path: Path) -> None:
     from posttrain.cli import parse
 
     words = ["--config", "r.yaml", "--optimizer.learning_rate", "1e-5", "--seed.x=3", "max_steps=2", "--resume"]
-    assert parse("grpo", words) == ("r.yaml", ["max_steps=2", "optimizer.learning_rate=1e-5", "seed.x=3"], False, True)
+    assert parse("grpo", words) == ("r.yaml", ["optimizer.learning_rate=1e-5", "seed.x=3", "max_steps=2"], False, True)
 
 
 def test_dry_run_spells_out_the_batch(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
