@@ -3,41 +3,57 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import struct
 from pathlib import Path
+from typing import Any
 
 from posttrain.recipe import (
     BuildSection,
+    CheckpointSection,
     DatasetSection,
     EvalRecipe,
+    EvalSection,
     GrpoRecipe,
     ModelSection,
     PipelineRecipe,
     Recipe,
+    RecipeError,
+    RouterSection,
     SamplerSection,
     SftRecipe,
 )
+from posttrain.recipe_file import stage_recipe
 
 TINY_VOCABULARY = 107  # tokens of data.chat.build_tokenizer, which a built policy uses
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def describe(recipe: Recipe) -> str:
-    """The plan as text, one fact a line."""
+    """The plan as text, one fact a line.
+
+    Raises:
+        RecipeError: a local checkpoint, or a pipeline's stage, cannot be read.
+    """
     lines = [f"stage       {recipe.stage}", f"writes to   {recipe.run_dir}", f"seed        {recipe.seed}"]
     if isinstance(recipe, GrpoRecipe):
-        lines += _model(recipe.model) + _data(recipe.datasets) + _grpo(recipe)
+        lines += _model(recipe.model) + _trained(recipe.router) + _data(recipe.datasets) + _grpo(recipe)
+        lines += _eval(recipe.eval) + _checkpoints(recipe.checkpoint, first="after the first step, ")
+        lines += _memory(recipe.model, recipe.sampler, trains=True, beta=recipe.algorithm.beta)
     elif isinstance(recipe, SftRecipe):
-        lines += _model(recipe.model) + _data(recipe.datasets) + _sft(recipe)
+        lines += _model(recipe.model) + _trained(recipe.router) + _data(recipe.datasets) + _sft(recipe)
+        lines += _eval(recipe.eval) + _checkpoints(recipe.checkpoint)
+        lines += _memory(recipe.model, recipe.sampler if recipe.eval else None, trains=True, beta=0.0)
     elif isinstance(recipe, EvalRecipe):
-        lines += _model(recipe.model) + _data(recipe.eval.datasets)
-        lines += [f"completions {recipe.eval.num_samples} sampled per problem" + " and one greedy" * recipe.eval.greedy]
+        lines += [*_model(recipe.model), _sampler(recipe.sampler), *_eval(recipe.eval)]
+        lines += _memory(recipe.model, recipe.sampler, trains=False, beta=0.0)
     elif isinstance(recipe, PipelineRecipe):
-        lines += [
-            f"{number}. {stage.name}: {stage.recipe} {' '.join(stage.overrides)}".rstrip()
-            for number, stage in enumerate(recipe.stages, start=1)
-        ]
+        lines += _pipeline(recipe)
     return "\n".join(lines)
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
 
 
 def parameter_count(build: BuildSection, vocabulary: int) -> int:
@@ -64,20 +80,53 @@ def parameter_count(build: BuildSection, vocabulary: int) -> int:
 
 
 def checkpoint_parameters(path: Path) -> int | None:
-    """Parameters of a local checkpoint, from its safetensors headers; None where there are none."""
-    files = sorted(path.expanduser().glob("*.safetensors")) if path.expanduser().is_dir() else []
+    """Parameters of a local checkpoint, from its safetensors headers; None where there are none.
+
+    Not counted: the router's correction bias, which is a buffer, and layers beyond config.json's num_hidden_layers
+    (DeepSeek-V3's multi-token prediction), which are not loaded.
+
+    Raises:
+        RecipeError: a file cannot be read.
+    """
+    path = path.expanduser()
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    num_layers = read_config(path).get("num_hidden_layers", math.inf) if files else math.inf
     total = 0
     for file in files:
+        for name, entry in _header(file).items():
+            layer = re.match(r"model\.layers\.(\d+)\.", name)
+            if layer and int(layer[1]) >= num_layers:
+                continue
+            if name != "__metadata__" and not name.endswith("e_score_correction_bias"):
+                total += math.prod(entry["shape"])
+    return total if files else None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A checkpoint's config.json; empty where there is none.
+
+    Raises:
+        RecipeError: it is not JSON.
+    """
+    file = path.expanduser() / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"model.model_name_or_path: {file} is not readable as JSON ({error}); mend it") from None
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """What a safetensors file holds: name -> dtype, shape, place."""
+    try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__" and not name.endswith("e_score_correction_bias"):
-                size = 1
-                for extent in entry["shape"]:
-                    size *= extent
-                total += size
-    return total if files else None
+            return json.loads(stream.read(length))
+    except (struct.error, ValueError, OverflowError, MemoryError):
+        raise RecipeError(
+            f"model.model_name_or_path: {file} is not a whole safetensors file; copy the checkpoint again"
+        ) from None
 
 
 def _parameters(model: ModelSection) -> int | None:
@@ -87,23 +136,38 @@ def _parameters(model: ModelSection) -> int | None:
     return checkpoint_parameters(Path(model.model_name_or_path))
 
 
+# --- lines that stages share ------------------------------------------------------------------------------------------
+
+
 def _model(model: ModelSection) -> list[str]:
     count = _parameters(model)
-    origin = "new DeepSeek-V3 with random weights" if model.build is not None else model.model_name_or_path
-    size = f"{count:,} parameters" if count is not None else "size unknown until it is downloaded"
+    if model.build is not None:
+        origin = "new DeepSeek-V3 with random weights"
+    else:
+        kind = read_config(Path(str(model.model_name_or_path))).get("model_type")
+        origin = f"{model.model_name_or_path}" + (f" ({kind})" if kind else "")
+    size = f"{count:,} parameters" if count is not None else "size unknown until its files are here"
     return [f"policy      {origin}, {size}, {model.dtype}"]
 
 
+def _trained(router: RouterSection) -> list[str]:
+    bias = (
+        f"the router's correction bias moves by {router.bias_update_speed:g} a step"
+        if router.bias_update_speed
+        else "the router's correction bias stays as it is"
+    )
+    return [f"trains      all parameters; {bias}"]
+
+
 def _data(datasets: tuple[DatasetSection, ...]) -> list[str]:
-    lines = []
-    for section in datasets:
-        amount = f"{section.size:,} records" if section.size is not None else "all records"
-        if section.task is not None:
-            levels = ", ".join(map(str, section.levels))
-            lines.append(f"data        task {section.task}, level {levels}, {amount}")
-        else:
-            lines.append(f"data        {section.path}, {amount}")
-    return lines
+    return [f"data        {_source(section)}" for section in datasets]
+
+
+def _source(section: DatasetSection) -> str:
+    amount = f"{section.size:,} records" if section.size is not None else "all records"
+    if section.task is None:
+        return f"{section.path}, {amount}"
+    return f"task {section.task}, level {', '.join(map(str, section.levels))}, {amount}"
 
 
 def _sampler(section: SamplerSection) -> str:
@@ -111,26 +175,93 @@ def _sampler(section: SamplerSection) -> str:
     return f"sampler     {workers}, up to {section.max_num_seqs} sequences each of up to {section.max_model_len} tokens"
 
 
+def _eval(section: EvalSection | None) -> list[str]:
+    if section is None:
+        return ["evaluation  none; add an eval section to see what the training did"]
+    lines = [f"evaluation  {_source(dataset)}" for dataset in section.datasets]
+    greedy = " and one greedy" if section.greedy else ""
+    each = f"{section.num_samples} sampled{greedy} per problem, up to {section.max_completion_length} tokens each"
+    if all(dataset.size is not None for dataset in section.datasets):
+        total = sum(dataset.size or 0 for dataset in section.datasets) * (section.num_samples + section.greedy)
+        each += f": {total:,} completions each time"
+    every = f", also every {section.eval_steps} steps" if section.eval_steps else ""
+    return [*lines, f"            {each}{every}", f"            graded by {section.reward.func}"]
+
+
+def _checkpoints(section: CheckpointSection, first: str = "") -> list[str]:
+    when = f"every {section.save_steps} steps and at the end" if section.save_steps else "at the end"
+    return [f"saves       {first}{when}, or when interrupted; the newest {section.save_total_limit} are kept"]
+
+
+def _memory(model: ModelSection, sampler: SamplerSection | None, *, trains: bool, beta: float) -> list[str]:
+    """Bytes per process; activations and the runtime itself (1 to 2 GB a process) come on top."""
+    count = _parameters(model)
+    if count is None:
+        return ["memory      unknown until the checkpoint is here"]
+    lines = []
+    if trains:
+        # float32 weights, gradients and AdamW's two moments, whatever the sampler's type: bfloat16 is autocast.
+        one = _size(count * 4)
+        lines.append(f"each learner {_size(count * 16)}: weights {one}, gradients {one}, AdamW {_size(count * 8)}")
+    if beta > 0:
+        lines.append(f"its reference {_size(count * 4)}: float32 weights")
+    if sampler is not None:
+        weights, cache = count * _BYTES[model.dtype], int(sampler.kv_cache_gib * 2**30)
+        on_gpu = f"{sampler.gpu_memory_utilization:.0%} of the memory on a GPU"
+        lines.append(
+            f"each sampler {_size(weights + cache)}: weights {_size(weights)}, KV cache {_size(cache)}; {on_gpu}"
+        )
+    lines.append("on top of it: activations, and 1 to 2 GB of runtime a process")
+    return [f"memory      {lines[0]}", *(f"            {line}" for line in lines[1:])]
+
+
+def _size(num_bytes: int) -> str:
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:,.1f} TiB"
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
 def _sft(recipe: SftRecipe) -> list[str]:
-    training = recipe.training
+    training, optimizer = recipe.training, recipe.optimizer
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
     kind = "packed rows" if training.packing else "samples"
     length = f"{training.max_steps} steps" if training.max_steps else f"{training.num_train_epochs:g} epochs"
+    end = f" to {optimizer.min_learning_rate:g}" if optimizer.lr_scheduler_type == "cosine" else ""
     return [
         f"batch       {training.per_device_train_batch_size} {kind} x {training.gradient_accumulation_steps} accumulated "
         f"= {rows} {kind} of up to {training.max_length} tokens per optimizer step and rank",
+        f"            = up to {rows * training.max_length:,} tokens per optimizer step and rank",
+        f"loss        on {'the assistant tokens' if training.assistant_only_loss else 'all tokens'}",
+        f"optimizer   AdamW, learning rate {optimizer.learning_rate:g}{end}, {optimizer.lr_scheduler_type}, "
+        f"{optimizer.warmup_steps} warm-up steps",
         f"length      {length}",
-        *_memory(recipe.model, None, reference=False),
     ]
 
 
+def microbatch_bound(recipe: GrpoRecipe) -> int:
+    """Most microbatches of one minibatch on one rank, when every sample is as long as the sampler allows.
+
+    Best-fit packing leaves at most one row with fewer than row_length // max_model_len samples, so no mix of shorter
+    samples needs more rows.
+    """
+    learner = recipe.learner
+    minibatch = recipe.samples_per_step // recipe.algorithm.num_minibatches
+    rows = math.ceil(minibatch / (learner.row_length // recipe.sampler.max_model_len))
+    rows_per_microbatch = learner.max_tokens_per_microbatch // learner.row_length
+    return math.ceil(math.ceil(rows / rows_per_microbatch) / learner.num_workers)
+
+
 def _grpo(recipe: GrpoRecipe) -> list[str]:
-    algorithm, learner = recipe.algorithm, recipe.learner
+    algorithm, learner, parity = recipe.algorithm, recipe.learner, recipe.parity
     samples = recipe.samples_per_step
     minibatch = samples // algorithm.num_minibatches
     steps = algorithm.num_minibatches * algorithm.num_iterations
-    tokens = minibatch * recipe.sampler.max_model_len
-    microbatches = max(1, -(-tokens // (learner.max_tokens_per_microbatch * learner.num_workers)))
     passes = "" if algorithm.num_iterations == 1 else f" x {algorithm.num_iterations} passes"
     rewards = ", ".join(f"{section.weight:g} x {section.label}" for section in recipe.rewards)
     return [
@@ -138,38 +269,24 @@ def _grpo(recipe: GrpoRecipe) -> list[str]:
         f"completions per step",
         f"            -> {algorithm.num_minibatches} minibatches of {minibatch} completions{passes} -> {steps} optimizer "
         f"steps per step",
-        f"            -> at most {microbatches} microbatches of up to {learner.max_tokens_per_microbatch} tokens on each of "
-        f"{learner.num_workers} learner rank(s) per minibatch",
+        f"            -> at most {microbatch_bound(recipe)} microbatches of up to {learner.max_tokens_per_microbatch} "
+        f"tokens on each of {learner.num_workers} learner rank(s) per minibatch",
         f"length      {recipe.max_steps} steps, {recipe.max_steps * samples:,} completions, "
         f"{recipe.max_steps * steps:,} optimizer steps",
         f"reward      {rewards}",
         f"loss        clip {algorithm.epsilon:g} / {algorithm.clip_high:g}, KL {algorithm.beta:g} ({algorithm.kl_estimator}), "
         f"mean per {algorithm.loss_aggregation}",
+        f"optimizer   AdamW, learning rate {recipe.optimizer.learning_rate:g}, {recipe.optimizer.lr_scheduler_type}",
         _sampler(recipe.sampler),
-        f"parity      stops when sampler and learner differ by more than {recipe.parity.max_logprob_gap:g} nats",
-        *_memory(recipe.model, recipe.sampler, reference=recipe.algorithm.beta > 0),
+        f"parity      stops when sampler and learner differ by more than {parity.max_logprob_gap:g} nats, or choose the "
+        f"same experts for less than {parity.min_routing_agreement:.2%}",
     ]
 
 
-def _memory(model: ModelSection, sampler: SamplerSection | None, *, reference: bool) -> list[str]:
-    """Weights and optimizer per role; activations and the runtime itself (1 to 2 GB a process) come on top."""
-    count = _parameters(model)
-    if count is None:
-        return ["memory      unknown until the checkpoint is here"]
-    # float32 weights, gradients and AdamW's two moments, whatever the sampler's type.
-    lines = [f"memory      learner {_size(count * 16)} (weights, gradients, AdamW)"]
-    if reference:
-        lines.append(f"            reference {_size(count * 4)}")
-    if sampler is not None:
-        weights, cache = count * _BYTES[model.dtype], int(sampler.kv_cache_gib * 2**30)
-        lines.append(f"            each sampler {_size(weights)} weights + {_size(cache)} KV cache (on CPU)")
+def _pipeline(recipe: PipelineRecipe) -> list[str]:
+    """Every stage's own plan below its name, file and overrides."""
+    lines = []
+    for number, section in enumerate(recipe.stages, start=1):
+        lines += ["", f"{number}. {section.name}: {section.recipe} {' '.join(section.overrides)}".rstrip()]
+        lines += [f"   {line}" for line in describe(stage_recipe(section, recipe.run_dir)).splitlines()]
     return lines
-
-
-def _size(num_bytes: int) -> str:
-    value = float(num_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:,.1f} TiB"

@@ -283,7 +283,8 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 def _explain(error: ValidationError, recipe_type: type[Section]) -> str:
     """The first problem of a validation error as one line: key, value, what is allowed."""
     problems = error.errors(include_url=False)
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    # A key that should not be there explains better than those it leaves missing.
+    first = next((p for p in problems if p["type"] in ("extra_forbidden", "invalid_key")), problems[0])
     where = [str(part) for part in first["loc"]]
     key = ".".join(where)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

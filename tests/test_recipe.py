@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from posttrain.cli import run_stage
-from posttrain.recipe import GrpoRecipe, Recipe, RecipeError, SftRecipe
-from posttrain.recipe_file import dump_recipe, load_recipe
+from posttrain.recipe import RECIPES, DatasetSection, GrpoRecipe, Recipe, RecipeError, RewardSection, SftRecipe
+from posttrain.recipe_file import _key_paths, dump_recipe, is_local_path, load_recipe
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(ROOT.glob("recipes/**/*.yaml"))
@@ -64,6 +64,31 @@ MALFORMED_OVERRIDES = [
     ("learner.row_length=99999", "learner", "raise max_tokens_per_microbatch"),
     ("learner.row_length=64", "learner.row_length", "raise learner.row_length"),
     ("parity.canary_length=256", "parity.canary_length", "lower parity.canary_length"),
+    (
+        "eval={datasets: [{task: chain_sum, size: 1}], max_completion_length: 256}",
+        "eval.max_completion_length",
+        "raise",
+    ),
+    ("eval={datasets: [{task: chain_sum, size: 1, weight: 2}]}", "eval", "weight=2.0 has no meaning here; remove it"),
+    ("eval={datasets: [{task: chain_sum}]}", "eval.datasets.0", "needs size"),
+    ("model={build: {}}", "model.build", "build the model in an SFT stage"),
+    ("model={build: {kv_lora_rank: 256}}", "model.build", "leave both out"),
+    ("datasets.0.worked_fraction=0.5", "datasets.0", "remove it"),
+    ("datasets.0.levels=[1, 1]", "datasets.0", "name each once"),
+    ("datasets.0.levels=[]", "datasets.0.levels", "at least 1 item"),
+    ("datasets.0.levels=[9]", "datasets.0.levels", "use some of 1, 2, 3, 4"),
+    ("datasets.0.task=chain_smu", "datasets.0.task", "did you mean 'chain_sum'"),
+    ("datasets.0.split=test", "datasets.0", "'train' and 'eval'"),
+    ("sampler.kv_cache_gib=0.5", "sampler", "whole GiB"),
+    ('rewards=[{func: "a.b:c"}, {func: "x.b:d"}]', "rewards", "give each its own name"),
+    ("rewards.0.func=os:sep", "rewards.0.func", "not a function"),
+    ("rewards.0.func=os.path:join", "rewards.0.func", "must take (completion, answer, **metadata)"),
+    ("datasets.²=1", "datasets.²", "use 0 to 0"),
+    ("optimizer..learning_rate=1", "optimizer..learning_rate", "write key.path=value"),
+    ("max_steps=", "max_steps", "write one after ="),
+    ("optimizer={learning_rate: 1, learning_rate: 2}", "learning_rate", "quote it"),
+    ("max_steps=2024-01-01", "max_steps", "valid integer"),
+    ("stage=[grpo]", "stage", "allowed: sft, grpo, eval, pipeline"),
     ("stage=grop", "stage", "did you mean 'grpo'"),
     ("nonsense", "nonsense", "written key.path=value"),
     ("seed.inner=1", "seed", "valid integer"),
@@ -81,6 +106,9 @@ MALFORMED_FILES = [
     ("stage: sft\n", "python -m posttrain.sft"),
     ("extends: other.yaml\n", "no such recipe file"),
     ("extends: recipe.yaml\n", "circle"),
+    ("stage: grpo\nmax_steps: 1\nmax_steps: 2\n", "at line 3, column 1: the key 'max_steps' is there twice"),
+    ("stage: grpo\n1: 2\n", "keys should be strings"),
+    ("run_name: x\nstage: null\n", "allowed: sft, grpo, eval, pipeline"),
     ("extends: 3\n", "not a path"),
 ]
 
@@ -113,6 +141,90 @@ def test_a_wrong_file_is_refused_in_one_line(
     file.write_text(content)
     line = refusal(capsys, str(file))
     assert words in line and str(tmp_path) in line
+
+
+def test_a_missing_base_is_refused_in_the_name_of_the_file_that_extends_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "child.yaml").write_text("extends: bsae.yaml\n")
+    (tmp_path / "base.yaml").write_text(GOOD)
+    line = refusal(capsys, str(tmp_path / "child.yaml"))
+    assert f"{tmp_path / 'child.yaml'}: extends: " in line and "did you mean 'base.yaml'" in line
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "give a UTF-8 YAML file" in refusal(capsys, str(tmp_path / "recipe.yaml"))
+
+
+def test_a_directory_without_a_model_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(GOOD)
+    line = refusal(capsys, str(file), f"model.model_name_or_path={tmp_path}")
+    assert "model.model_name_or_path" in line and "it has no config.json" in line
+
+
+def test_a_reward_file_that_fails_to_import_is_named_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(GOOD)
+    (tmp_path / "bad.py").write_text("import os\nraise RuntimeError('two\\nlines')\n")
+    line = refusal(capsys, str(tmp_path / "recipe.yaml"), f"rewards.0.func={tmp_path / 'bad.py'}:score")
+    assert "rewards.0.func" in line and "RuntimeError: two lines" in line and "bad.py, line 2" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        ("Qwen/Qwen2.5-0.5B", False),  # the dots in it are no file ending
+        ("meta-llama/Llama-3.2-1B", False),
+        ("owner/name", False),
+        ("owner/data.jsonl", True),
+        ("./name", True),
+        ("~/name", True),
+        ("runs/tiny/sft", True),
+        ("name", True),
+    ],
+)
+def test_hub_names_are_told_from_paths(name: str, local: bool) -> None:
+    assert is_local_path(name) is local
+
+
+def test_a_hub_model_is_not_looked_for_on_disk(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(GOOD)
+    assert (
+        run_stage("grpo", stage_must_not_run, [str(file), "--dry-run", "model.model_name_or_path=Qwen/Qwen3-0.6B"]) == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("func", "label"),
+    [
+        ("rewards.task_answer:score", "task_answer"),
+        ("exact:score", "exact"),
+        ("my/short.py:score", "short"),
+        ("./short.v2.py:score", "short.v2"),
+    ],
+)
+def test_a_reward_is_logged_by_its_module_or_file(func: str, label: str) -> None:
+    assert RewardSection(func=func).label == label
+    assert RewardSection(func=func, name="mine").label == "mine"
+
+
+def test_worked_solutions_of_a_file_may_be_mixed_with_direct_answers() -> None:
+    assert DatasetSection(path="owner/name", worked_fraction=0.5).worked_fraction == 0.5
+
+
+def test_only_grpo_evaluates_between_steps() -> None:
+    with pytest.raises(RecipeError, match=r"eval\.eval_steps=5: only GRPO"):
+        load_recipe(ROOT / "recipes/tiny/sft.yaml", ["eval.eval_steps=5"])
+    assert load_recipe(ROOT / "recipes/tiny/grpo.yaml", ["eval.eval_steps=5"]).eval.eval_steps == 5
+
+
+def test_a_run_without_a_name_takes_the_files() -> None:
+    recipe = load_recipe(ROOT / "recipes/tiny/sft.yaml", ["run_name=null"])
+    assert str(recipe.run_dir) == "runs/sft"
 
 
 def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,6 +312,26 @@ def test_the_plan_counts_parameters_as_torch_does() -> None:
         build = recipe.model.build.model_copy(update=change)
         policy = build_policy(build.model_dump(), tokenizer, seed=0)
         assert parameter_count(build, len(tokenizer)) == sum(p.numel() for p in policy.parameters())
+
+
+def test_every_key_is_explained_where_its_section_is() -> None:
+    _, *parts = (ROOT / "docs/recipes.md").read_text().split("\n## ")
+    chapters = {part.partition("\n")[0]: part for part in parts}
+    elsewhere = {
+        "reward": "rewards",
+        "build": "model",
+    }  # written like an entry of `rewards`; in the chapter of its parent
+
+    def explained(path: str) -> bool:
+        *parents, key = path.split(".")
+        section = elsewhere.get(parents[-1], parents[-1]) if parents else None
+        found = [text for title, text in chapters.items() if section and f"`{section}`" in title.partition("(")[0]]
+        # keys of no section, and small sections, share chapters; a section itself may have one of its own
+        shared = [chapters["All stages"], chapters["The rest"], *(f"`{title}" for title in chapters)]
+        return any(f"`{key}`" in text for text in found or [*shared, *chapters])
+
+    missing = sorted({path for recipe in RECIPES.values() for path in _key_paths(recipe) if not explained(path)})
+    assert missing == []
 
 
 def test_errors_are_value_errors() -> None:
