@@ -49,6 +49,7 @@ def session(address: str | None, num_cpus: float) -> Iterator[None]:
         ray.init(address=address, log_to_driver=False, logging_level="error")
     else:
         ray.init(
+            address="local",  # without it Ray would join any cluster that was ever started on this machine
             num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.999)),
             include_dashboard=False,
             log_to_driver=False,
