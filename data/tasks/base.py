@@ -8,6 +8,7 @@ both splits, whatever the seeds, sizes and levels.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -136,6 +137,9 @@ def gym_dataset(name: str, **config: int) -> Any:
     reasoning_gym seeds item k with `seed + k`, so with seed 0 the index is the seed. Imported here and not at the top
     because the import takes 1.5 s.
     """
-    import reasoning_gym
+    with warnings.catch_warnings():
+        # A package that reasoning_gym needs compiles with warnings about its own code.
+        warnings.simplefilter("ignore", SyntaxWarning)
+        import reasoning_gym
 
     return reasoning_gym.create_dataset(name, size=2**62, seed=0, **config)
