@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from posttrain.errors import RunStopped
+
 LATEST = "latest"
 PROGRESS = "progress.json"
 
@@ -57,6 +59,20 @@ def whole(directory: Path) -> list[Path]:
     """The whole checkpoints, oldest first."""
     found = [path for path in directory.glob("step-*") if path.suffix != ".partial" and (path / PROGRESS).exists()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def require_fresh(directory: Path) -> None:
+    """Refuse to start anew where an earlier run's checkpoints are: the two would be mixed, and the old ones deleted.
+
+    Raises:
+        RunStopped: there are checkpoints beyond step 0, which is only a starting point.
+    """
+    found = [path.name for path in whole(directory) if path.name != "step-0"]
+    if found:
+        raise RunStopped(
+            f"{directory} holds {', '.join(found)} of an earlier run: add --resume, or give another output_dir, or delete "
+            f"that directory"
+        )
 
 
 def load_progress(checkpoint: Path) -> dict[str, Any]:

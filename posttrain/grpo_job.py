@@ -152,6 +152,8 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
     from posttrain.weights import Publisher, canary_sequences
 
     run_dir = RunDir(recipe.run_dir)
+    if not resume:
+        checkpoint.require_fresh(run_dir.checkpoints)
     run_dir.write_recipe(dump_recipe(recipe))
     run_dir.write_environment(recipe.seed)
     found = _resume_from(run_dir) if resume else None

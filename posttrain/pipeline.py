@@ -21,10 +21,9 @@ from typing import Any
 from eval.report import write_report
 from posttrain import checkpoint
 from posttrain.cli import run_stage
-from posttrain.errors import RunStopped
 from posttrain.progress import before_after_table, paths_written
-from posttrain.recipe import PipelineRecipe, StageSection
-from posttrain.recipe_file import dump_recipe, load_recipe
+from posttrain.recipe import PipelineRecipe, Recipe
+from posttrain.recipe_file import dump_recipe, module_of, stage_overrides, stage_recipe
 from posttrain.run_dir import RunDir
 
 
@@ -37,11 +36,12 @@ def run(recipe: PipelineRecipe, *, resume: bool = False) -> int:
     summaries: dict[str, Any] = {}
     for number, stage in enumerate(recipe.stages, start=1):
         directory = run_dir.path / stage.name
-        arguments = [stage.recipe, *overrides(stage, run_dir.path)]
-        state = progress_of(directory, arguments)
+        stage_of_run = stage_recipe(stage, run_dir.path)
+        state = progress_of(directory, stage_of_run)
         print(f"[{number}/{len(recipe.stages)}] {stage.name}: {state}", flush=True)
         if state != "finished":
-            code = run_process(stage_module(stage), arguments + (["--resume"] if state == "resumed" else []))
+            words = [stage.recipe, *stage_overrides(stage, run_dir.path), *(["--resume"] if state == "resumed" else [])]
+            code = run_process(module_of(stage_of_run.stage), words)
             if code:
                 return code
         summaries[stage.name] = read_summary(directory)
@@ -54,30 +54,16 @@ def run(recipe: PipelineRecipe, *, resume: bool = False) -> int:
     return 0
 
 
-def overrides(stage: StageSection, run_dir: Path) -> list[str]:
-    """What the pipeline changes in a stage's recipe: its own overrides, and where it writes."""
-    changes = [change.replace("{run_dir}", str(run_dir)) for change in stage.overrides]
-    return [*changes, f"run_name={stage.name}", f"output_dir={run_dir / stage.name}"]
-
-
-def progress_of(directory: Path, arguments: Sequence[str]) -> str:
+def progress_of(directory: Path, recipe: Recipe) -> str:
     """What to do about a stage: "finished" (nothing), "resumed" or "started"."""
     recipe_file = directory / "recipe.yaml"
-    if not recipe_file.exists():
-        return "started"
-    if recipe_file.read_text() != dump_recipe(load_recipe(arguments[0], arguments[1:])):
+    if not recipe_file.exists() or recipe_file.read_text() != dump_recipe(recipe):
         return "started"
     if (directory / "summary.json").exists() and read_summary(directory)["finished"]:
         return "finished"
-    trained = [path for path in checkpoint.whole(directory / "checkpoints") if path.name != "step-0"]
-    return "resumed" if trained or list(directory.glob("trainer/checkpoint-*")) else "started"
-
-
-def stage_module(stage: StageSection) -> str:
-    named = load_recipe(stage.recipe).stage
-    if named == "pipeline":
-        raise RunStopped(f"stage {stage.name!r} is a pipeline itself; list its stages here instead")
-    return "eval" if named == "eval" else f"posttrain.{named}"
+    if recipe.stage == "grpo":
+        return "resumed" if checkpoint.whole(directory / "checkpoints") else "started"
+    return "resumed" if list(directory.glob("trainer/checkpoint-*")) else "started"
 
 
 def run_process(module: str, arguments: Sequence[str]) -> int:

@@ -210,15 +210,6 @@ class SamplerSection(Section):
         return self
 
 
-class SamplingSection(Section):
-    """How completions are drawn."""
-
-    max_completion_length: PositiveInt = 128
-    temperature: Annotated[Number, Field(gt=0)] = 1.0
-    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    top_k: NonNegativeInt = 0
-
-
 class OptimizerSection(Section):
     """AdamW; names and meaning as in transformers' TrainingArguments."""
 

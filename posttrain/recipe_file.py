@@ -81,11 +81,16 @@ def stage_recipe(section: StageSection, run_dir: Path) -> Any:
     Raises:
         RecipeError: whatever is wrong with it, or a pipeline inside a pipeline.
     """
-    changes = [change.replace("{run_dir}", str(run_dir)) for change in section.overrides]
-    recipe = load_recipe(section.recipe, [*changes, f"run_name={section.name}", f"output_dir={run_dir / section.name}"])
+    recipe = load_recipe(section.recipe, stage_overrides(section, run_dir))
     if isinstance(recipe, PipelineRecipe):
         raise RecipeError(f"{section.recipe}: stage: 'pipeline' inside a pipeline; list its stages in the outer one")
     return recipe
+
+
+def stage_overrides(section: StageSection, run_dir: Path) -> list[str]:
+    """What a pipeline changes in a stage's recipe: its own overrides, and where the stage writes."""
+    changes = [change.replace("{run_dir}", str(run_dir)) for change in section.overrides]
+    return [*changes, f"run_name={section.name}", f"output_dir={run_dir / section.name}"]
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -38,9 +38,11 @@ def run(recipe: SftRecipe, *, resume: bool = False) -> int:
     """Train as the recipe says. Returns the exit code: 0, or 130 when a signal ended the run early."""
     start = time.perf_counter()
     run_dir = RunDir(recipe.run_dir)
+    if not resume:
+        checkpoint.require_fresh(run_dir.checkpoints)
     run_dir.write_recipe(dump_recipe(recipe))
     run_dir.write_environment(recipe.seed)
-    origin = starting_checkpoint(recipe, run_dir)
+    origin = starting_checkpoint(recipe, run_dir, resume=resume)
     before = evaluation(recipe, origin) if not resume else None
     with graceful_stop() as stop:
         trainer = train(recipe, run_dir, origin, stop, resume=resume)
@@ -50,7 +52,7 @@ def run(recipe: SftRecipe, *, resume: bool = False) -> int:
     return 130 if stop else 0
 
 
-def starting_checkpoint(recipe: SftRecipe, run_dir: RunDir) -> Path:
+def starting_checkpoint(recipe: SftRecipe, run_dir: RunDir, *, resume: bool) -> Path:
     """The checkpoint to start from; a new policy is built and saved first, so that every engine can load it."""
     from data.chat import build_tokenizer
     from posttrain.model.load import build_policy, save_policy
@@ -58,7 +60,7 @@ def starting_checkpoint(recipe: SftRecipe, run_dir: RunDir) -> Path:
     if recipe.model.build is None:
         return Path(str(recipe.model.model_name_or_path))
     built = run_dir.checkpoints / "step-0"
-    if built in checkpoint.whole(run_dir.checkpoints):
+    if resume and built in checkpoint.whole(run_dir.checkpoints):
         return built
     tokenizer = build_tokenizer()
     policy = build_policy(recipe.model.build.model_dump(), tokenizer, recipe.seed)

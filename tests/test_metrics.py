@@ -13,6 +13,7 @@ from eval.report import curve, write_report
 from eval.statistics import estimate
 from eval.suite import evaluate
 from posttrain import checkpoint
+from posttrain.errors import RunStopped
 from posttrain.metrics import Metric, MetricsLog, merge
 from posttrain.recipe import DatasetSection, EvalSection
 from posttrain.run_dir import RunDir
@@ -132,3 +133,6 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path) -> None:
     assert checkpoint.load_progress(tmp_path / "latest") == {"step": 3, "cursor": 3}
     checkpoint.save(tmp_path, 4, write, {}, keep=2)
     assert (tmp_path / "latest" / "model.txt").read_text() == "weights"
+    with pytest.raises(RunStopped, match="holds step-3, step-4 of an earlier run: add --resume"):
+        checkpoint.require_fresh(tmp_path)
+    checkpoint.require_fresh(tmp_path / "elsewhere")

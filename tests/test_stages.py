@@ -97,16 +97,18 @@ class Command:
         """Descendants that still live after so many seconds."""
         end = time.monotonic() + within
         while True:
-            found = [" ".join(p.cmdline())[:120] for p in psutil.process_iter() if self._is_ours(p)]
+            found = [" ".join(p.cmdline())[:120] for p in psutil.process_iter() if is_marked(p, self.mark)]
             if not found or time.monotonic() > end:
                 return found
             time.sleep(0.5)
 
-    def _is_ours(self, process: psutil.Process) -> bool:
-        try:
-            return process.environ().get("POSTTRAIN_TEST_MARK") == self.mark and process.status() != "zombie"
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            return False
+
+def is_marked(process: psutil.Process, mark: str) -> bool:
+    """Whether a process that runs was started with this mark in its environment."""
+    try:
+        return process.environ().get("POSTTRAIN_TEST_MARK") == mark and process.status() != "zombie"
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
 
 
 def run(*words: str) -> tuple[int, str]:
@@ -213,10 +215,31 @@ def test_sft_resumes_exactly_experts_and_bias_included(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
+def test_a_pipeline_runs_its_stages_once(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "sft.yaml").write_text(SFT % 4)
+    file = tmp_path / "both.yaml"
+    file.write_text(
+        "stage: pipeline\nstages:\n"
+        f"  - {{name: sft, recipe: {tmp_path / 'sft.yaml'}}}\n"
+        f"  - {{name: grpo, recipe: {recipe}, "
+        "overrides: ['model.model_name_or_path={run_dir}/sft/checkpoints/latest', max_steps=2]}\n"
+    )
+    out = tmp_path / "both"
+    code, output = run("posttrain.pipeline", str(file), f"output_dir={out}")
+    assert code == 0, output
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["stages"]) == ["sft", "grpo"]
+    assert all(stage["finished"] and stage["seconds"] > 0 for stage in summary["stages"].values())
+    assert (out / "report.html").exists()
+    code, output = run("posttrain.pipeline", str(file), f"output_dir={out}")
+    assert code == 0 and "sft: finished" in output and "grpo: finished" in output
+
+
 @pytest.fixture
 def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A Ray head of its own, with a dashboard on loopback that accepts jobs."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("POSTTRAIN_TEST_MARK", uuid.uuid4().hex)
     ray = str(Path(sys.executable).parent / "ray")
     words = [ray, "start", "--head", "--block", "--port=6399", "--num-cpus=3"]
     words += ["--dashboard-host=127.0.0.1", "--dashboard-port=8299"]
@@ -279,7 +302,7 @@ def wait_for_end(client: Any, job: str) -> Any:
 
 
 def stage_processes() -> list[str]:
-    """Drivers, learners and samplers that are alive."""
+    """Drivers, learners and samplers of this test's cluster that are alive."""
     names = ("posttrain.grpo", "ray::_SamplerActor", "ray::_LearnerActor")
-    lines = (" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))
+    lines = (" ".join(p.cmdline()) for p in psutil.process_iter() if is_marked(p, os.environ["POSTTRAIN_TEST_MARK"]))
     return [line[:120] for line in lines if any(name in line for name in names)]
