@@ -389,7 +389,7 @@ class LearnerSection(Section):
 class ParitySection(Section):
     """When the run must stop because sampler and learner are not the same policy."""
 
-    max_logprob_gap: Positive = 1e-4  # nats, on the canary and on every trained token
+    max_logprob_gap: Positive = 1e-4  # per token, divided by max(1, |logprob|); canary and trained tokens
     near_tie_margin: NonNegative = 1e-5  # a flipped expert is a tie when the two scores differ by no more than this
     min_routing_agreement: Fraction = 0.999
     canary_sequences: PositiveInt = 8

@@ -84,7 +84,7 @@ class Publisher:
             fault = f"received {report.digest[:12]} where {snapshot.digest[:12]} was sent: the transfer is damaged"
         elif scores.parity.tokens == 0:
             fault = "every canary token follows a router near-tie, so nothing is proved; raise parity.canary_sequences"
-        elif not scores.parity.gap_max <= self.parity.max_logprob_gap:
+        elif not scores.parity.relative_gap_max <= self.parity.max_logprob_gap:
             fault = self._explain(snapshot.version, report, scores.parity)
         self._earlier[snapshot.version] = dict(scores.logprobs)
         for old in sorted(self._earlier)[:-3]:

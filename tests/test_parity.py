@@ -23,6 +23,7 @@ def test_gaps_are_counted_token_by_token() -> None:
     report = compare(SAMPLE, [-1.0, -2.1, -2.7], [], near_tie_margin=1e-5, name="s")
     assert (report.tokens, report.decisions, report.disagreements) == (3, 12, 0)
     assert report.gap_max == pytest.approx(0.3)
+    assert report.relative_gap_max == pytest.approx(0.3 / 2.7)  # 0.1 / 2.1 is less
     assert report.gap_mean == pytest.approx(0.4 / 3)
     assert report.kl == pytest.approx((math.exp(-0.1) + 0.1 - 1 + math.exp(0.3) - 0.3 - 1) / 3)
     assert report.routing_agreement == 1.0
@@ -55,9 +56,10 @@ def test_reports_add_up_and_nan_wins() -> None:
 
 
 def test_limits() -> None:
-    require_parity(ParityReport(tokens=5, gap_max=9e-5, decisions=10_000, disagreements=1), ParitySection())
+    near = ParityReport(tokens=5, gap_max=9e-4, relative_gap_max=9e-5, decisions=10_000, disagreements=1)
+    require_parity(near, ParitySection())
     with pytest.raises(ParityError, match=r"differ by 2.00e-04 .*max_logprob_gap=1e-04"):
-        require_parity(ParityReport(tokens=5, gap_max=2e-4), ParitySection())
+        require_parity(ParityReport(tokens=5, gap_max=2e-4, relative_gap_max=2e-4), ParitySection())
     with pytest.raises(ParityError, match="same experts for 0.99000"):
         require_parity(ParityReport(tokens=5, decisions=100, disagreements=1), ParitySection())
 
