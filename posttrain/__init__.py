@@ -20,3 +20,27 @@ One GRPO batch, as `grpo.train` walks it:
     Publisher.publish       version n + 1 on every sampler, proved by a canary
     GrpoJob.end_step        metrics, samples, checkpoint
 """
+
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def check_packages() -> None:
+    """`rewards`, `data` and `eval` are common names: make sure that ours are the ones imported.
+
+    Raises:
+        ImportError: another package of that name comes first on the path.
+    """
+    home = Path(__file__).resolve().parent.parent
+    for name in ("rewards", "data", "eval"):
+        spec = find_spec(name)
+        places = [Path(place).resolve() for place in (spec.submodule_search_locations or ())] if spec else []
+        if home / name not in places:
+            found = ", ".join(map(str, places)) or (spec and spec.origin) or "nowhere"
+            raise ImportError(
+                f"the package {name!r} is imported from {found} and not from {home / name}: rename that one, or start "
+                f"from a directory without it"
+            )
+
+
+check_packages()  # here, because every entry point imports those packages before it has parsed a word

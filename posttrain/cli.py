@@ -11,7 +11,6 @@ to stop. Any other error keeps its traceback.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from posttrain.errors import RunStopped
 from posttrain.plan import describe
 from posttrain.recipe import DatasetSection, PipelineRecipe, Recipe, RecipeError, RewardSection
 from posttrain.recipe_file import check_files, load_recipe, module_of, nearest, stage_recipe
+from rewards import RewardFunction
 
 RESUMABLE = ("sft", "grpo")
 OPTIONS = ("--config", "--dry-run", "--resume", "--help")
@@ -53,7 +53,6 @@ def run_stage(stage: str, run: Callable[..., int | None], argv: Sequence[str] | 
     try:
         source, overrides, dry_run, resume = parse(stage, arguments)
         recipe = load_recipe(source, overrides, stage=stage)
-        check_packages()
         check_recipe(recipe, source)
         plan = describe(recipe) if dry_run else ""
     except RecipeError as error:
@@ -166,24 +165,6 @@ def _next(words: Iterator[str]) -> list[str]:
 # --- what only looking around can tell --------------------------------------------------------------------------------
 
 
-def check_packages() -> None:
-    """`rewards`, `data` and `eval` are common names: make sure that ours are imported.
-
-    Raises:
-        RecipeError: another package of that name comes first.
-    """
-    home = Path(__file__).resolve().parent.parent
-    for name in ("rewards", "data", "eval"):
-        spec = importlib.util.find_spec(name)
-        places = [Path(place).resolve() for place in (spec.submodule_search_locations or ())] if spec else []
-        if home / name not in places:
-            found = ", ".join(map(str, places)) or (spec and spec.origin) or "nowhere"
-            raise RecipeError(
-                f"the package {name!r} is imported from {found} and not from {home / name}: rename that one, or start "
-                f"from a directory without it"
-            )
-
-
 def check_recipe(recipe: Recipe, source: str | Path, *, made_in: Path | None = None) -> None:
     """Check what the recipe names: files, tasks, rewards and, of a pipeline, all that for its stages.
 
@@ -241,9 +222,6 @@ def check_rewards(recipe: Recipe, source: str | Path) -> None:
     Raises:
         RecipeError: one does not resolve, or does not take the options given.
     """
-    # Not above: where another package is called `rewards`, `check_packages` says so first.
-    from rewards import RewardFunction
-
     sections: list[tuple[str, RewardSection]] = [
         (f"rewards.{index}", section) for index, section in enumerate(getattr(recipe, "rewards", ()))
     ]

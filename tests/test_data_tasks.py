@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -93,16 +94,30 @@ def test_every_step_of_the_arithmetic_is_right_and_leads_to_the_answer(name: str
         assert steps[-1][1] == item.answer == str(evaluate(item.prompt.removesuffix("=")))
 
 
-def test_chain_sum_is_reasoning_gyms_problem() -> None:
+@pytest.mark.parametrize(("level", "fewest", "most"), [(2, 4, 5), (4, 8, 9)])
+def test_chain_sum_is_reasoning_gyms_problem(level: int, fewest: int, most: int) -> None:
+    """Level 4 takes each of its problems; level 2 the first from `number` on whose running totals lie in 0..9."""
     import reasoning_gym
 
-    dataset = reasoning_gym.create_dataset("chain_sum", size=50, seed=0, min_terms=4, max_terms=5, max_digits=1)
-    for number, entry in enumerate(dataset):
-        item = get_task("chain_sum").draw(2, number)
+    dataset = reasoning_gym.create_dataset(
+        "chain_sum", size=2000, seed=0, min_terms=fewest, max_terms=most, max_digits=1
+    )
+    for number in range(30):
+        item = get_task("chain_sum").draw(level, number)
+        entry = next(entry for entry in from_place(dataset, number) if level == 4 or stays_small(entry))
         assert item.answer == entry["answer"]
         expression = re.search(r"problem: (.*) =$", entry["question"])
         assert expression is not None
         assert item.prompt == expression[1].replace(" ", "") + "="
+
+
+def from_place(dataset: Any, number: int) -> Iterator[dict[str, Any]]:
+    return (dataset[place] for place in range(number, len(dataset)))
+
+
+def stays_small(entry: dict[str, Any]) -> bool:
+    terms = entry["metadata"]["expression"].split(" ")
+    return all(0 <= evaluate("".join(terms[: 2 * count + 1])) <= 9 for count in range(len(terms) // 2 + 1))
 
 
 def test_running_totals_and_partial_products_by_hand() -> None:
