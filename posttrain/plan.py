@@ -227,6 +227,14 @@ def _size(num_bytes: int) -> str:
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
+_LOSS_ON = {
+    "assistant": "what the assistant says, in every turn",
+    "last_assistant": "what the assistant says in its last turn",
+    "completion": "what follows the last question",
+    "all": "all tokens",
+}
+
+
 def _sft(recipe: SftRecipe) -> list[str]:
     training, optimizer = recipe.training, recipe.optimizer
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
@@ -237,7 +245,7 @@ def _sft(recipe: SftRecipe) -> list[str]:
         f"batch       {training.per_device_train_batch_size} {kind} x {training.gradient_accumulation_steps} accumulated "
         f"= {rows} {kind} of up to {training.max_length} tokens per optimizer step and rank",
         f"            = up to {rows * training.max_length:,} tokens per optimizer step and rank",
-        f"loss        on {'the assistant tokens' if training.assistant_only_loss else 'all tokens'}",
+        f"loss        on {_LOSS_ON[training.loss_on]}",
         f"optimizer   AdamW, learning rate {optimizer.learning_rate:g}{end}, {optimizer.lr_scheduler_type}, "
         f"{optimizer.warmup_steps} warm-up steps",
         f"length      {length}",

@@ -40,7 +40,7 @@ def tokenized_dataset(recipe: SftRecipe, tokenizer: Any) -> Dataset:
     rows, too_long, untrained = [], 0, 0
     for chat in load_chats(recipe.datasets, recipe.seed):
         ids, mask = tokenize_with_mask(tokenizer, chat.messages)
-        trained = mask if training.assistant_only_loss else (True,) * len(ids)
+        trained = (True,) * len(ids) if training.loss_on == "all" else mask
         too_long += len(ids) > training.max_length
         untrained += not any(trained)
         if len(ids) <= training.max_length and any(trained):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -49,8 +50,12 @@ def test_one_file_knows_ray_and_two_know_vllm() -> None:
 
 
 def test_descriptions_stand_on_nothing_of_ours() -> None:
-    for name in ("posttrain/recipe.py", "posttrain/types.py", "posttrain/errors.py"):
+    for name in ("posttrain/sections.py", "posttrain/types.py", "posttrain/errors.py"):
         assert not {m for m in imports(ROOT / name) if m.split(".")[0] in OURS}, name
+    descriptions = ("posttrain.sections", "posttrain.recipe", "posttrain.errors")
+    for path in (ROOT / "posttrain").glob("*recipe.py"):
+        foreign = {m for m in imports(path) if m.split(".")[0] in OURS and not m.startswith(descriptions)}
+        assert not {m for m in foreign if not re.match(r"posttrain\.\w+_recipe\b", m)}, path
 
 
 def test_data_and_rewards_stand_on_types_alone() -> None:

@@ -1,0 +1,158 @@
+"""The recipe of GRPO."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from posttrain.sections import (
+    CheckpointSection,
+    DatasetSection,
+    EvalSection,
+    Fraction,
+    ModelSection,
+    NonNegative,
+    NonNegativeInt,
+    Number,
+    OptimizerSection,
+    Positive,
+    PositiveInt,
+    Recipe,
+    RewardSection,
+    RouterSection,
+    SamplerSection,
+    Section,
+    Tracker,
+    no_bool,
+    require_checkpoint,
+)
+
+
+class RolloutSection(Section):
+    """Prompts x generations of one step. Sampling keys as in TRL's GRPOConfig."""
+
+    num_prompts: PositiveInt = 32  # per step
+    num_generations: Annotated[int, BeforeValidator(no_bool), Field(ge=2)] = 16
+    max_completion_length: PositiveInt = 128
+    temperature: Annotated[Number, Field(gt=0)] = 1.0
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegativeInt = 0
+
+
+class AlgorithmSection(Section):
+    """GRPO (DeepSeekMath, section 4.1; DeepSeek-R1)."""
+
+    epsilon: Positive = 0.2  # lower clip range
+    epsilon_high: Positive | None = None  # upper clip range; None takes epsilon
+    beta: NonNegative = 0.001  # weight of the KL to the reference policy
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    scale_rewards: Literal["group", "none"] = "group"  # divide the advantage by the group's standard deviation
+    loss_aggregation: Literal["token", "sequence"] = "token"  # mean over tokens (DAPO) or mean of means (GRPO paper)
+    drop_zero_signal_groups: bool = False  # leave out groups whose rewards are all equal
+    num_minibatches: PositiveInt = 4  # optimizer steps per pass over a rollout batch
+    num_iterations: PositiveInt = 1  # passes over a rollout batch
+
+    @property
+    def clip_high(self) -> float:
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+
+class LearnerSection(Section):
+    num_workers: PositiveInt = 1  # accelerate ranks
+    num_cpus: NonNegative = 1  # what Ray reserves for one rank
+    num_gpus: NonNegativeInt | None = None  # None: 1 where there is a GPU, else 0
+    num_threads: PositiveInt = 2  # OpenMP threads of one rank on CPU
+    row_length: PositiveInt = 256  # tokens of a packed row
+    max_tokens_per_microbatch: PositiveInt = 4096
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _row_fits(self) -> LearnerSection:
+        if self.row_length > self.max_tokens_per_microbatch:
+            raise ValueError(
+                f"row_length={self.row_length} exceeds max_tokens_per_microbatch={self.max_tokens_per_microbatch}; "
+                f"raise max_tokens_per_microbatch"
+            )
+        return self
+
+
+class ParitySection(Section):
+    """When the run must stop because sampler and learner are not the same policy."""
+
+    max_logprob_gap: Positive = 1e-4  # per token, divided by max(1, |logprob|); canary and trained tokens
+    near_tie_margin: NonNegative = 1e-5  # a flipped expert is a tie when the two scores differ by no more than this
+    min_routing_agreement: Fraction = 0.999
+    canary_sequences: PositiveInt = 8
+    canary_length: Annotated[int, BeforeValidator(no_bool), Field(ge=2)] = 64  # tokens
+
+
+class FaultsSection(Section):
+    """Deliberate faults, to see that the safety net holds. Leave out in real runs."""
+
+    skip_publication: PositiveInt | None = None  # the samplers pretend to load this version and keep the old weights
+
+
+class GrpoRecipe(Recipe):
+    """Group relative policy optimisation."""
+
+    stage: Literal["grpo"] = "grpo"
+    max_steps: PositiveInt
+    model: ModelSection
+    datasets: tuple[DatasetSection, ...] = Field(min_length=1)
+    rewards: tuple[RewardSection, ...] = Field(min_length=1)
+    rollout: RolloutSection = RolloutSection()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    router: RouterSection = RouterSection()
+    learner: LearnerSection = LearnerSection()
+    sampler: SamplerSection = SamplerSection()
+    parity: ParitySection = ParitySection()
+    eval: EvalSection | None = None
+    checkpoint: CheckpointSection = CheckpointSection()
+    faults: FaultsSection = FaultsSection()
+    ray_address: str | None = None  # None: the cluster of the surrounding job, else a local Ray is started
+    report_to: tuple[Tracker, ...] = ()
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.rollout.num_prompts * self.rollout.num_generations
+
+    @model_validator(mode="after")
+    def _batch_arithmetic(self) -> GrpoRecipe:
+        rows, parts = self.samples_per_step, self.algorithm.num_minibatches
+        if rows % parts:
+            raise ValueError(
+                f"rollout.num_prompts x rollout.num_generations = {rows} samples do not divide into "
+                f"algorithm.num_minibatches={parts}; choose a divisor of {rows}"
+            )
+        if self.rollout.max_completion_length >= self.sampler.max_model_len:
+            raise ValueError(
+                f"rollout.max_completion_length={self.rollout.max_completion_length} leaves no room for a prompt in "
+                f"sampler.max_model_len={self.sampler.max_model_len}; raise sampler.max_model_len"
+            )
+        if self.learner.row_length < self.sampler.max_model_len:
+            raise ValueError(
+                f"learner.row_length={self.learner.row_length} cannot hold a sample of sampler.max_model_len="
+                f"{self.sampler.max_model_len} tokens; raise learner.row_length or lower sampler.max_model_len"
+            )
+        if self.parity.canary_length >= self.sampler.max_model_len:
+            raise ValueError(
+                f"parity.canary_length={self.parity.canary_length} does not fit sampler.max_model_len="
+                f"{self.sampler.max_model_len}; lower parity.canary_length"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> GrpoRecipe:
+        require_checkpoint(self.model, "GRPO")
+        for index, dataset in enumerate(self.datasets):
+            dataset.refuse(f"datasets.{index}", "worked_fraction")
+        if self.eval is not None:
+            self.eval.check_fits(self.sampler, during_training=True)
+        labels = Counter(reward.label for reward in self.rewards)
+        twice = [label for label, count in labels.items() if count > 1]
+        if twice:
+            raise ValueError(f"rewards: {labels[twice[0]]} are named {twice[0]!r}; give each its own name")
+        return self

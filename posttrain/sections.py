@@ -1,0 +1,294 @@
+"""Sections that several stages' recipes share: model, data, sampler, optimizer, router, evaluation.
+
+Keys carry the names that TRL and transformers use where one exists; docs/recipes.md explains each. Nothing heavy is
+imported here: a wrong recipe is refused before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message is one line that names file, key, value and cure."""
+
+
+def no_bool(value: Any) -> Any:
+    """For `BeforeValidator`: YAML's true and false are no numbers."""
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true/false")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(no_bool), Field(allow_inf_nan=False)]
+PositiveInt = Annotated[int, BeforeValidator(no_bool), Field(ge=1)]
+NonNegativeInt = Annotated[int, BeforeValidator(no_bool), Field(ge=0)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: unknown keys are refused and values cannot be changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+
+
+class BuildSection(Section):
+    """Architecture of a DeepSeek-V3 policy built with random weights; the names are those of `DeepseekV3Config`."""
+
+    hidden_size: PositiveInt = 128
+    intermediate_size: PositiveInt = 256
+    moe_intermediate_size: PositiveInt = 64
+    num_hidden_layers: PositiveInt = 4
+    num_attention_heads: PositiveInt = 4
+    n_routed_experts: PositiveInt = 8
+    n_shared_experts: PositiveInt = 1
+    num_experts_per_tok: PositiveInt = 2
+    n_group: PositiveInt = 2
+    topk_group: PositiveInt = 1
+    first_k_dense_replace: NonNegativeInt = 1
+    routed_scaling_factor: Positive = 1.0
+    q_lora_rank: PositiveInt | None = None
+    kv_lora_rank: PositiveInt = 512
+    qk_nope_head_dim: PositiveInt = 32
+    qk_rope_head_dim: PositiveInt = 64
+    v_head_dim: PositiveInt = 32
+    max_position_embeddings: PositiveInt = 512
+    initializer_range: Positive = 0.06  # a policy this narrow learns to copy far sooner than with the usual 0.02
+
+    @model_validator(mode="after")
+    def _latent_can_be_decoded(self) -> BuildSection:
+        if (self.kv_lora_rank, self.qk_rope_head_dim) != (512, 64):
+            raise ValueError(
+                f"kv_lora_rank={self.kv_lora_rank} with qk_rope_head_dim={self.qk_rope_head_dim}: vLLM's CPU kernel for "
+                f"MLA decodes 512 with 64 only; leave both out and make the other sizes small"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _router_is_possible(self) -> BuildSection:
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(
+                f"n_routed_experts={self.n_routed_experts} must be a multiple of n_group={self.n_group}; "
+                f"set n_group to a divisor"
+            )
+        if self.n_routed_experts // self.n_group < 2:
+            raise ValueError(
+                f"groups of {self.n_routed_experts // self.n_group} expert(s): a group is scored by its two best "
+                f"experts, so n_routed_experts / n_group must be at least 2; lower n_group"
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group={self.topk_group} exceeds n_group={self.n_group}; lower topk_group")
+        reachable = self.n_routed_experts // self.n_group * self.topk_group
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} exceeds the {reachable} experts of topk_group="
+                f"{self.topk_group} groups; lower num_experts_per_tok or raise topk_group"
+            )
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise ValueError(
+                f"first_k_dense_replace={self.first_k_dense_replace} exceeds num_hidden_layers="
+                f"{self.num_hidden_layers}; lower it"
+            )
+        return self
+
+
+class ModelSection(Section):
+    """The policy: a checkpoint in Hugging Face format, or a new DeepSeek-V3 to build. Exactly one of the two."""
+
+    model_name_or_path: str | None = None
+    build: BuildSection | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    experts_implementation: Literal["eager", "grouped_mm", "batched_mm"] = "grouped_mm"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _exactly_one_origin(self) -> ModelSection:
+        if (self.model_name_or_path is None) == (self.build is None):
+            raise ValueError("give exactly one of model_name_or_path (a checkpoint) and build (a new tiny model)")
+        return self
+
+
+def require_checkpoint(model: ModelSection, stage: str) -> None:
+    """Refuse `model.build` where a stage needs weights that have learnt something.
+
+    Raises:
+        ValueError: no checkpoint is named.
+    """
+    if model.model_name_or_path is None:
+        raise ValueError(
+            f"model.build: {stage} needs a checkpoint; build the model in an SFT stage and give its checkpoints/latest as "
+            f"model.model_name_or_path"
+        )
+
+
+class DatasetSection(Section):
+    """A source of records: a generated task family (`task`) or a file or hub name read with `datasets` (`path`)."""
+
+    task: str | None = None  # chain_sum, products, letter_counting
+    levels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
+    size: PositiveInt | None = None  # records; for `path`, None takes all
+    worked_fraction: Fraction = 1.0  # SFT: share of the records with a worked solution that are trained with it
+    path: str | None = None  # .jsonl, .parquet or a hub name
+    name: str | None = None  # configuration of a hub dataset
+    split: str | None = None  # default: "train" for training, "eval" (tasks) or "test" (files) for evaluation
+    columns: Mapping[str, str] = Field(default_factory=dict)  # our column name -> theirs
+    weight: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _exactly_one_source(self) -> DatasetSection:
+        if (self.task is None) == (self.path is None):
+            raise ValueError("give exactly one of task (a generated family) and path (a file or hub name)")
+        if self.task is not None and self.size is None:
+            raise ValueError(f"task {self.task!r} needs size, the number of records to generate; add e.g. size: 1000")
+        ignored = {"name", "columns"} if self.task is not None else {"levels"}
+        useless = sorted(ignored & self.model_fields_set)
+        if useless:
+            kind = "task" if self.task is not None else "path"
+            raise ValueError(f"{', '.join(useless)} has no meaning beside {kind}; remove it")
+        if len(set(self.levels)) < len(self.levels):
+            raise ValueError(f"levels={list(self.levels)} names a level twice; name each once")
+        if self.task is not None and self.split not in (None, "train", "eval"):
+            raise ValueError(
+                f"split={self.split!r}: generated tasks have 'train' and 'eval'; name one, or leave it out"
+            )
+        return self
+
+    def refuse(self, place: str, *keys: str) -> None:
+        """Refuse keys that this list of datasets would ignore.
+
+        Args:
+            place: the list, e.g. "eval.datasets".
+            keys: that have no meaning there.
+
+        Raises:
+            ValueError: one of them was given.
+        """
+        given = [key for key in keys if key in self.model_fields_set]
+        if given:
+            raise ValueError(f"{place}: {given[0]}={getattr(self, given[0])!r} has no meaning here; remove it")
+
+
+class RewardSection(Section):
+    """One reward function: `module:function` or `path/to/file.py:function`."""
+
+    func: str
+    name: str | None = None  # metric name; default: the module's or the file's
+    weight: Number = 1.0
+    kwargs: Mapping[str, Any] = Field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Name under which the reward is logged: `reward/<label>/mean`."""
+        place = self.func.rpartition(":")[0] or self.func
+        return self.name or (Path(place).stem if place.endswith(".py") else place.rpartition(".")[2])
+
+
+class SamplerSection(Section):
+    """The vLLM rollout workers."""
+
+    num_workers: PositiveInt = 1
+    max_model_len: PositiveInt = 256  # prompt + completion, tokens
+    max_num_seqs: PositiveInt = 256  # sequences decoded together by one worker
+    kv_cache_gib: Positive = 1.0  # on CPU; on GPU see gpu_memory_utilization
+    gpu_memory_utilization: Annotated[Number, Field(gt=0, le=1)] = 0.5
+    num_cpus: NonNegative = 1  # what Ray reserves for one worker
+    num_threads: PositiveInt = 2  # OpenMP threads of one worker on CPU
+    start_timeout_seconds: Positive = 300
+
+    @model_validator(mode="after")
+    def _whole_gibibytes(self) -> SamplerSection:
+        if self.kv_cache_gib != int(self.kv_cache_gib):
+            raise ValueError(f"kv_cache_gib={self.kv_cache_gib:g}: vLLM takes whole GiB; give 1, 2, ...")
+        return self
+
+
+class OptimizerSection(Section):
+    """AdamW; names and meaning as in transformers' TrainingArguments."""
+
+    learning_rate: Positive = 1e-6
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    min_learning_rate: NonNegative = 0.0  # where a cosine ends (DeepSeek-V3's SFT: 5e-6 to 1e-6)
+    warmup_steps: NonNegativeInt = 0
+    weight_decay: NonNegative = 0.0
+    adam_beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.95
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _decays_downwards(self) -> OptimizerSection:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate={self.min_learning_rate} exceeds learning_rate={self.learning_rate}; lower it"
+            )
+        if self.lr_scheduler_type != "cosine" and self.min_learning_rate:
+            raise ValueError(
+                f"min_learning_rate has no meaning with lr_scheduler_type: {self.lr_scheduler_type}; remove it"
+            )
+        return self
+
+
+class RouterSection(Section):
+    """Auxiliary-loss-free balance of DeepSeekMoE (DeepSeek-V3, section 2.1.2)."""
+
+    bias_update_speed: NonNegative = 0.0  # gamma; 0 freezes the correction bias
+
+
+class EvalSection(Section):
+    """pass@1 (sampled) and greedy accuracy on held-out problems, with the grader that is also the reward."""
+
+    datasets: tuple[DatasetSection, ...] = Field(min_length=1)
+    reward: RewardSection = RewardSection(func="rewards.task_answer:score", name="accuracy")
+    num_samples: PositiveInt = 1  # sampled completions per problem
+    greedy: bool = True
+    max_completion_length: PositiveInt = 128
+    temperature: Annotated[Number, Field(gt=0)] = 1.0
+    seed: NonNegativeInt = 1234
+    eval_steps: NonNegativeInt = 0  # GRPO: also every so many steps; 0 is before and after only
+
+    @model_validator(mode="after")
+    def _all_of_it_counts(self) -> EvalSection:
+        for index, dataset in enumerate(self.datasets):
+            dataset.refuse(f"datasets.{index}", "weight", "worked_fraction")
+        return self
+
+    def check_fits(self, sampler: SamplerSection, *, during_training: bool) -> None:
+        """Refuse an evaluation that the stage cannot do as asked.
+
+        Raises:
+            ValueError: completions longer than the sampler's window, or eval_steps where there are no steps to count.
+        """
+        if self.max_completion_length >= sampler.max_model_len:
+            raise ValueError(
+                f"eval.max_completion_length={self.max_completion_length} leaves no room for a prompt in "
+                f"sampler.max_model_len={sampler.max_model_len}; raise sampler.max_model_len"
+            )
+        if self.eval_steps and not during_training:
+            raise ValueError(f"eval.eval_steps={self.eval_steps}: only GRPO evaluates between its steps; remove it")
+
+
+class CheckpointSection(Section):
+    save_steps: NonNegativeInt = 0  # 0 saves at the end (and on an interrupt) only
+    save_total_limit: PositiveInt = 2
+
+
+class Recipe(Section):
+    """What every stage has."""
+
+    stage: str
+    run_name: str | None = None
+    output_dir: str | None = None
+    seed: NonNegativeInt = 0
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the stage writes; `runs/<run_name>` unless output_dir says otherwise."""
+        return Path(self.output_dir or f"runs/{self.run_name}")
