@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.sources import to_prompts
+from data.prompts import to_prompts
 from eval.statistics import Estimate, estimate
 from posttrain.recipe import EvalSection
 from posttrain.records import section_records

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.sources import PromptStream
+from data.prompts import PromptStream
 from eval.report import write_report
 from eval.suite import EvalResult, eval_prompts, evaluate
 from posttrain import checkpoint

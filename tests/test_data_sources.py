@@ -9,18 +9,11 @@ from typing import Any
 
 import pytest
 
+from data.answers import sft_messages, sft_records
 from data.chat import build_tokenizer
-from data.sources import (
-    PromptStream,
-    Record,
-    file_records,
-    mixture,
-    sft_dataset,
-    sft_messages,
-    sft_records,
-    task_records,
-    to_prompts,
-)
+from data.prompts import PromptStream, to_prompts
+from data.records import Record
+from data.sources import file_records, task_records
 
 CHAT = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
 
@@ -136,18 +129,18 @@ def test_file_errors_say_the_cure(tmp_path: Path) -> None:
         file_records(str(tmp_path / "nope.jsonl"), "train")
     with pytest.raises(ValueError, match="no column 'ask'.*its columns are question, prompt"):
         file_records(good, "train", {"prompt": "ask"})
-    with pytest.raises(ValueError, match="unknown name 'promt'; the names are messages, prompt, answer"):
+    with pytest.raises(ValueError, match="unknown name 'promt'; the names are messages, conversations, prompt"):
         file_records(good, "train", {"promt": "question"})
     with pytest.raises(ValueError, match="has 1 records, fewer than size 2"):
         file_records(good, "train", size=2)
-    with pytest.raises(ValueError, match="needs a column messages .* or prompt"):
+    with pytest.raises(ValueError, match="q.jsonl, line 1: needs a column messages .* prompt"):
         file_records(write_jsonl(tmp_path / "q.jsonl", [{"question": "1"}]), "train")
     with pytest.raises(ValueError, match="is empty"):
         file_records(write_jsonl(tmp_path / "empty.jsonl", []), "train")
     with pytest.raises(ValueError, match="must be a list of {role, content} with texts or a text, not 3"):
         file_records(write_jsonl(tmp_path / "n.jsonl", [{"prompt": 3}]), "train")
     (tmp_path / "bad.jsonl").write_text("{not json\n")
-    with pytest.raises(ValueError, match="cannot read .*bad.jsonl' as json"):
+    with pytest.raises(ValueError, match="bad.jsonl, line 1: not JSON"):
         file_records(str(tmp_path / "bad.jsonl"), "train")
     (tmp_path / "table.csv").write_text("a\n1\n")
     with pytest.raises(ValueError, match="unknown kind; write it as one of .jsonl"):
@@ -173,9 +166,9 @@ def test_sft_messages() -> None:
         "content": "<think></think><answer>0</answer>",
     }
     assert sft_messages(Record("c", tuple(CHAT)), worked=True) == tuple(CHAT)
-    with pytest.raises(ValueError, match="record p has no worked solution"):
+    with pytest.raises(ValueError, match="record p: no worked solution"):
         sft_messages(Record("p", (CHAT[0],), "2"), worked=True)
-    with pytest.raises(ValueError, match="no assistant message and no answer"):
+    with pytest.raises(ValueError, match="record p: no assistant message, completion or answer"):
         sft_messages(Record("p", (CHAT[0],)), worked=False)
 
 
@@ -194,36 +187,6 @@ def test_worked_fraction_is_kept_and_survives_reordering() -> None:
     assert (len(worked_ids(records, 0.0)), len(worked_ids(records, 1.0))) == (0, 2000)
     with pytest.raises(ValueError, match="between 0 and 1, got 1.5"):
         sft_records(records, worked_fraction=1.5, seed=0)
-
-
-def test_sft_dataset_has_messages_in_order() -> None:
-    dataset = sft_dataset([*make(3), Record("c", tuple(CHAT))], worked_fraction=1.0, seed=0)
-    assert dataset.column_names == ["messages"]
-    assert dataset[2]["messages"][0] == {"role": "user", "content": "2+0="}
-    assert dataset[2]["messages"][1]["content"] == "<think>2+0=2</think><answer>2</answer>"
-    assert dataset[3]["messages"] == CHAT
-
-
-def test_mixture_keeps_proportions_everywhere_and_repeats_nothing() -> None:
-    a, b = make(300, "a"), make(1000, "b")
-    mixed = mixture([(a, 1.0), (b, 3.0)], seed=0)
-    assert len({record.id for record in mixed}) == len(mixed) == pytest.approx(1200, abs=4)  # a ends at 300 of 1200
-    for start in range(0, 1100, 40):
-        share = sum(record.id.startswith("a/") for record in mixed[start : start + 40])
-        assert 8 <= share <= 12, start  # 10 of 40, give or take two
-    assert [r.id for r in mixed if r.id.startswith("a/")] == [r.id for r in a]
-    assert mixed == mixture([(a, 1.0), (b, 3.0)], seed=0)
-    assert mixed != mixture([(a, 1.0), (b, 3.0)], seed=1)
-    assert mixture([(a, 5.0)], seed=0) == a
-
-
-def test_mixture_errors() -> None:
-    with pytest.raises(ValueError, match="at least one source"):
-        mixture([(make(2), 1.0), ([], 1.0)], seed=0)
-    with pytest.raises(ValueError, match="must be positive"):
-        mixture([(make(2), 0.0)], seed=0)
-    with pytest.raises(ValueError, match="two records have the id 'r/"):
-        mixture([(make(9), 1.0), (make(9), 1.0)], seed=0)
 
 
 def test_to_prompts_keeps_order_and_content(tokenizer: Any) -> None:
