@@ -20,10 +20,13 @@ def to_prompt(record: Record, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """A problem rendered to tokens.
 
     Raises:
-        ValueError: the record is a finished chat.
+        ValueError: the record is a finished chat, or has tools or template options, which prompts do not have.
     """
     if record.is_chat:
-        raise ValueError(f"record {record.id} ends with the assistant's message; a prompt must end with the user's")
+        raise ValueError(f"{record.label} ends with the assistant's message; a prompt must end with the user's")
+    if record.tools or record.template_kwargs:
+        column = "tools" if record.tools else "chat_template_kwargs"
+        raise ValueError(f"{record.label} has {column}, which only SFT uses; remove the column")
     ids = render_prompt(tokenizer, record.messages)
     return Prompt(record.id, record.messages, ids, record.answer, record.metadata)
 

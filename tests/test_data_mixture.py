@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain, count, islice
+from itertools import chain, count, islice, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -80,6 +80,11 @@ def test_a_source_keeps_its_places_when_others_change() -> None:
     pairs = list(islice(turns([1.0, 1.0, 1e-9], 7), 400))
     assert [n for n in pairs if n < 2][:390] == list(islice(turns([1.0, 1.0], 7), 390))
     assert len(with_two) == pytest.approx(200, abs=2)
+
+
+def test_equal_weights_do_not_alternate_like_clockwork() -> None:
+    order = list(islice(turns([1.0, 1.0], 0), 200))
+    assert any(before == after for before, after in pairwise(order))
 
 
 def test_mixture_errors() -> None:

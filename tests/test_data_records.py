@@ -60,8 +60,12 @@ def test_the_recipe_decides_between_several_chat_columns() -> None:
     assert parse(row, {"messages": "messages"}).messages == (USER, ASSISTANT)
     assert parse(row, {"messages": "messages"}).metadata == {"prompt": "other", "talk": row["talk"]}
     assert parse(row, {"conversations": "talk"}).messages == (USER,)
-    # A column that is claimed under another name is not taken under its own.
     assert parse({"conversations": [USER, ASSISTANT]}, {"messages": "conversations"}).messages == (USER, ASSISTANT)
+
+
+def test_a_column_is_not_taken_under_its_own_name_beside_another() -> None:
+    record = parse({"answer": "4-1=", "solution": "3"}, {"prompt": "answer"})
+    assert (record.messages, record.answer, record.metadata) == ((USER,), None, {"solution": "3"})
 
 
 def test_tools_and_template_kwargs_stay_with_the_row() -> None:

@@ -198,6 +198,9 @@ def test_to_prompts_keeps_order_and_content(tokenizer: Any) -> None:
         assert tokenizer.decode(list(prompt.token_ids)) == expected
     with pytest.raises(ValueError, match="record c ends with the assistant's message"):
         to_prompts([Record("c", tuple(CHAT))], tokenizer)
+    for others in ({"tools": ({"name": "add"},)}, {"template_kwargs": {"thinking": True}}):
+        with pytest.raises(ValueError, match="record p has .*, which only SFT uses; remove the column"):
+            to_prompts([Record("p", (CHAT[0],), **others)], tokenizer)
 
 
 def test_stream_gives_each_record_once_per_epoch_in_new_order(tokenizer: Any) -> None:

@@ -164,6 +164,13 @@ def test_what_is_left_out_stays_out_and_its_twin_stays_in(tmp_path: Path) -> Non
         assert judge.report().dropped == 2 or skip < 9
 
 
+def test_cleaning_that_refuses_nothing_changes_nothing(sources: list[Source]) -> None:
+    plain = list(islice(stream_records(sources, [1.0, 2.0, 1.0], seed=3, buffer=4), 50))
+    for skip in (0, 13):
+        kept = stream_records(sources, [1.0, 2.0, 1.0], seed=3, keep=lambda _: True, skip=skip, buffer=4)
+        assert list(islice(kept, 20)) == plain[skip : skip + 20]
+
+
 def test_a_stream_that_has_nothing_says_so(tmp_path: Path) -> None:
     source = file_source(lines(tmp_path / "a.jsonl", ["a", "b"]), "train")
     with pytest.raises(ValueError, match=r"a.jsonl' has no record that is not left out"):
