@@ -1,5 +1,8 @@
 """The rollout engine: vLLM behind four calls, `generate`, `prompt_logprobs`, `update_weights` and `version`.
 
+With `speculative_tokens` the checkpoint's multi-token prediction module drafts tokens that the policy verifies: the same
+text, in fewer steps where drafts are accepted (`speculation_counts`).
+
 The engine lives in the calling process (a Ray actor in the pipeline, a plain process in tests). Logprobs are those of the
 distribution that is sampled from (temperature, top-p and top-k applied): vLLM's default would ignore all three.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,8 +41,20 @@ def engine_environment(num_threads: int, kv_cache_gib: float) -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class SpeculationCount:
+    """What became of the tokens drafted for one completion, by vLLM's own count."""
+
+    drafted: int  # verified by the policy
+    accepted: int
+
+
 class Sampler:
-    """One vLLM engine that holds one version of the policy."""
+    """One vLLM engine that holds one version of the policy.
+
+    Args:
+        speculative_tokens: drafted per step by the checkpoint's multi-token prediction module; 0 does without.
+    """
 
     def __init__(
         self,
@@ -50,6 +66,7 @@ class Sampler:
         gpu_memory_utilization: float,
         trust_remote_code: bool,
         seed: int,
+        speculative_tokens: int = 0,
     ) -> None:
         from vllm import LLM
         from vllm.platforms import current_platform
@@ -63,6 +80,9 @@ class Sampler:
         else:
             settings["gpu_memory_utilization"] = gpu_memory_utilization
             settings["enable_return_routed_experts"] = True
+        if speculative_tokens:
+            settings["speculative_config"] = {"method": "mtp", "num_speculative_tokens": speculative_tokens}
+            settings["per_request_spec_decode_metrics"] = "summary"
         self._llm = LLM(
             model=model_path,
             dtype=dtype,
@@ -78,6 +98,7 @@ class Sampler:
         self._ids = itertools.count()
         self._max_model_len = max_model_len
         self._num_moe_layers = self._rpc("start_routing_capture") if self._on_cpu else 0
+        self._speculation: list[SpeculationCount] = []
         self.version = 0
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
@@ -112,10 +133,15 @@ class Sampler:
                 requests[request_id] = index
         completions: list[list[Completion]] = [[] for _ in prompts]
         finished = self._run(requests)
+        self._speculation = [_speculation(finished[request_id].outputs[0]) for request_id in requests]
         for request_id, index in requests.items():
             output = finished[request_id].outputs[0]
             completions[index].append(self._completion(request_id, prompts[index], output))
         return completions
+
+    def speculation_counts(self) -> list[SpeculationCount]:
+        """Of each completion of the last `generate`, in order; zeros without speculation."""
+        return self._speculation
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[tuple[list[float], np.ndarray | None]]:
         """Score given tokens at temperature 1.
@@ -141,7 +167,11 @@ class Sampler:
         return result
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Load a whole set of weights (Hugging Face names) in place of the present ones."""
+        """Load a whole set of weights (Hugging Face names) in place of the present ones.
+
+        A drafting module keeps the weights it was started with, whatever is given: what is sampled is the new policy's
+        all the same, only fewer drafts may be accepted.
+        """
         self._rpc("load_weights_in_place", weights)
         self.version = version
 
@@ -174,3 +204,12 @@ class Sampler:
 
     def _rpc(self, method: str, *args: Any) -> Any:
         return self._llm.collective_rpc(method, args=args)[0]
+
+
+def _speculation(output: Any) -> SpeculationCount:
+    metrics = output.spec_decode_metrics
+    if metrics is None:
+        return SpeculationCount(0, 0)
+    return SpeculationCount(
+        metrics.num_draft_tokens, sum(accepted * steps for accepted, steps in enumerate(metrics.histogram))
+    )
