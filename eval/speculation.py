@@ -3,7 +3,7 @@
     python -m eval.speculation recipe.yaml [model.model_name_or_path=...] [--dry-run]
 
 The recipe is one of `python -m eval`: its held-out problems are answered greedily twice, with one token drafted per step
-and without, each time by an engine in a process of its own. Written to `<output_dir>/speculation/`.
+and without, each time by an engine in a process of its own. Answers are not graded. Written to `<output_dir>/speculation/`.
 """
 
 from __future__ import annotations
@@ -72,24 +72,13 @@ def acceptance_rate(
     Raises:
         ValueError: the checkpoint has no such module.
     """
-    require_mtp(model)
+    from posttrain.model.mtp import require_mtp
+
+    require_mtp(str(model.model_name_or_path))
     params = SamplingParams(max_completion_length, temperature=0.0)
     with_drafts = answer(model, sampler, prompts, params, speculative_tokens=1)
     without = answer(model, sampler, prompts, params, speculative_tokens=0)
     return compare(with_drafts, without)
-
-
-def require_mtp(model: ModelSection) -> None:
-    """Raises:
-    ValueError: the checkpoint has no multi-token prediction module, or there is no such checkpoint.
-    """
-    from posttrain.model.mtp import has_mtp
-
-    path = str(model.model_name_or_path)
-    if not has_mtp(path):
-        raise ValueError(
-            f"{path} has no multi-token prediction module to draft with; train one in an SFT stage with mtp: {{init: new}}"
-        )
 
 
 def answer(
@@ -109,6 +98,8 @@ def answer(
 
 def _enter(environment: Mapping[str, str]) -> None:
     os.environ.update(environment)  # before anything imports torch or vLLM
+    if os.environ["VLLM_LOGGING_LEVEL"] == "WARNING":
+        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"  # its hints would bury the result; DEBUG and INFO are wishes
 
 
 def _answer(
@@ -180,16 +171,18 @@ def pooled_rate(counts: Sequence[SpeculationCount], confidence: float = 0.95) ->
 def run(recipe: EvalRecipe) -> int:
     """Measure, write and print."""
     from posttrain.model.load import load_tokenizer
+    from posttrain.model.mtp import require_mtp
 
     start = time.perf_counter()
+    path = str(recipe.model.model_name_or_path)
     try:
-        require_mtp(recipe.model)
+        require_mtp(path)
     except ValueError as error:
         raise RecipeError(f"model.model_name_or_path: {error}") from None
     run_dir = RunDir(recipe.run_dir / "speculation")
     run_dir.write_recipe(dump_recipe(recipe))
     run_dir.write_environment(recipe.seed)
-    tokenizer = load_tokenizer(str(recipe.model.model_name_or_path), trust_remote_code=recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code=recipe.model.trust_remote_code)
     prompts = eval_prompts(recipe.eval, tokenizer)
     result = acceptance_rate(recipe.model, recipe.sampler, prompts, recipe.eval.max_completion_length)
     run_dir.write_summary(

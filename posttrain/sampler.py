@@ -53,7 +53,11 @@ class Sampler:
     """One vLLM engine that holds one version of the policy.
 
     Args:
-        speculative_tokens: drafted per step by the checkpoint's multi-token prediction module; 0 does without.
+        speculative_tokens: drafted per step by the checkpoint's multi-token prediction module; 0 does without. On CPU
+            such a sampler is greedy only, see `require_exact`.
+
+    Raises:
+        ValueError: there is no such module.
     """
 
     def __init__(
@@ -81,6 +85,9 @@ class Sampler:
             settings["gpu_memory_utilization"] = gpu_memory_utilization
             settings["enable_return_routed_experts"] = True
         if speculative_tokens:
+            from posttrain.model.mtp import require_mtp
+
+            require_mtp(model_path)
             settings["speculative_config"] = {"method": "mtp", "num_speculative_tokens": speculative_tokens}
             settings["per_request_spec_decode_metrics"] = "summary"
         self._llm = LLM(
@@ -98,6 +105,7 @@ class Sampler:
         self._ids = itertools.count()
         self._max_model_len = max_model_len
         self._num_moe_layers = self._rpc("start_routing_capture") if self._on_cpu else 0
+        self._speculative_tokens = speculative_tokens
         self._speculation: list[SpeculationCount] = []
         self.version = 0
 
@@ -108,10 +116,11 @@ class Sampler:
             For each prompt, in order, its completions.
 
         Raises:
-            ValueError: a prompt leaves no room for a single token.
+            ValueError: a prompt leaves no room for a single token, or see `require_exact`.
         """
         import vllm
 
+        require_exact(params, self._speculative_tokens, on_cpu=self._on_cpu)
         requests: dict[str, int] = {}
         for index, prompt in enumerate(prompts):
             room = self._max_model_len - len(prompt.token_ids) - 1
@@ -204,6 +213,23 @@ class Sampler:
 
     def _rpc(self, method: str, *args: Any) -> Any:
         return self._llm.collective_rpc(method, args=args)[0]
+
+
+def require_exact(params: SamplingParams, speculative_tokens: int, *, on_cpu: bool) -> None:
+    """Refuse what vLLM would sample from a wrong distribution, and give wrong logprobs for.
+
+    On CPU, vLLM 0.32 spreads the requests' temperatures over drafted tokens into a copy that it throws away
+    (`_expand_kernel_impl` in cpu_triton_utils.py), so drafts are verified at whatever temperature the memory holds.
+    Greedy requests need none and are exact.
+
+    Raises:
+        ValueError: drafting at a temperature above 0 on CPU.
+    """
+    if speculative_tokens and on_cpu and params.temperature > 0:
+        raise ValueError(
+            f"temperature={params.temperature:g} with speculative_tokens={speculative_tokens}: on CPU vLLM verifies drafts "
+            f"at a wrong temperature; set temperature 0, or speculative_tokens 0"
+        )
 
 
 def _speculation(output: Any) -> SpeculationCount:

@@ -35,7 +35,7 @@ from posttrain.model.mtp import (
 )
 from posttrain.model.router import find_routers
 from posttrain.recipe import BuildSection, ModelSection, SamplerSection
-from posttrain.sampler import SpeculationCount
+from posttrain.sampler import SpeculationCount, require_exact
 from posttrain.types import Prompt, SamplingParams
 
 BUILD = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2}
@@ -523,6 +523,14 @@ def test_vllm_drafts_what_the_module_predicts(tmp_path: Path) -> None:
     untrained_rate = sum(c.accepted for c in untrained) / sum(c.drafted for c in untrained)
     assert result.acceptance.value == result.accepted / result.drafted
     assert untrained_rate + 0.2 < result.acceptance.low <= result.acceptance.value < 1
+
+
+def test_drafting_at_a_temperature_is_refused_on_cpu() -> None:
+    with pytest.raises(ValueError, match=r"temperature=0\.7 with speculative_tokens=1"):
+        require_exact(SamplingParams(8, 0.7), 1, on_cpu=True)
+    require_exact(SamplingParams(8, 0.0), 1, on_cpu=True)
+    require_exact(SamplingParams(8, 0.7), 0, on_cpu=True)
+    require_exact(SamplingParams(8, 0.7), 1, on_cpu=False)
 
 
 def test_differing_answers_are_counted() -> None:

@@ -203,6 +203,18 @@ def has_mtp(path: str | Path) -> bool:
     return f"model.layers.{layer}.eh_proj.weight" in tensor_files(directory)
 
 
+def require_mtp(path: str | Path) -> None:
+    """Check that a checkpoint can draft.
+
+    Raises:
+        ValueError: it has no multi-token prediction module, or is not on this machine.
+    """
+    if not has_mtp(path):
+        raise ValueError(
+            f"{path} has no multi-token prediction module to draft with; train one in an SFT stage with mtp: {{init: new}}"
+        )
+
+
 def load_mtp(model: DeepseekV3ForCausalLM, path: str | Path) -> MtpModule:
     """The module of a checkpoint, with the type and on the device of the trunk.
 
