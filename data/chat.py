@@ -1,20 +1,19 @@
-"""Text to tokens: the character tokenizer of the tiny models, its chat template, and the loss mask.
+"""Text to tokens: the character tokenizer of the tiny models, and prompts.
 
 A chat is rendered as
 
     <bos><|user|>4-1=<|assistant|><think>4-1=3</think><answer>3</answer><eos>
 
-and the mask covers the assistant's content and its <eos>, not the role token. `render_prompt` and `tokenize_with_mask`
-work with any tokenizer whose chat template marks the assistant's part with `{% generation %}`.
+`loss_mask.tokenize_chat` adds what has loss; `templates.py` has the shipped chat templates.
 """
 
 from __future__ import annotations
 
-import re
 import string
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from data.templates import load_template
 from posttrain.types import Message
 
 if TYPE_CHECKING:
@@ -24,21 +23,6 @@ SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", "<|user|>", "<|assistant|>
 # Not special: they are part of the answer and must survive decoding with skip_special_tokens.
 TAG_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n"
-
-# The assistant's text is used as it is: reasoning between <think> tags is never cut out.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}"
-    "<|assistant|>{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
-    "{% elif message['role'] in ['user', 'system'] %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] }}"
-    "{% else %}"
-    "{{ raise_exception('unknown role ' + message['role'] + '; use system, user or assistant') }}"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -65,7 +49,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         extra_special_tokens=["<|user|>", "<|assistant|>", "<|system|>"],
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = load_template("tiny")
     return tokenizer
 
 
@@ -84,36 +68,22 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
         raise ValueError("a prompt needs at least one message; got none")
     if messages[-1]["role"] == "assistant":
         raise ValueError("a prompt must end with a user message, but its last message is the assistant's; remove it")
-    _check_template(tokenizer, needs_generation=False)
+    require_template(tokenizer)
     encoded: Any = tokenizer.apply_chat_template(
         [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=True
     )
     return tuple(encoded["input_ids"])
 
 
-def tokenize_with_mask(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """Token ids [T] of a whole chat and the mask [T] that is True on what the assistant wrote, end of turn included.
+def require_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's chat template.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or one without generation markers.
+        ValueError: it has none.
     """
-    _check_template(tokenizer, needs_generation=True)
-    encoded: Any = tokenizer.apply_chat_template(
-        [dict(message) for message in messages], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    return tuple(encoded["input_ids"]), tuple(bool(inside) for inside in encoded["assistant_masks"])
-
-
-def _check_template(tokenizer: PreTrainedTokenizerBase, *, needs_generation: bool) -> None:
-    template = tokenizer.chat_template
-    if template is None:
+    if tokenizer.chat_template is None:
         raise ValueError(
-            "the tokenizer has no chat template; set tokenizer.chat_template, e.g. to data.chat.CHAT_TEMPLATE"
+            "the tokenizer has no chat template; set training.chat_template to a shipped one (deepseek_v3, tiny) or to a "
+            ".jinja file"
         )
-    if needs_generation and not re.search(r"{%-?\s*generation\s*-?%}", str(template)):
-        raise ValueError(
-            "the chat template does not mark what the assistant writes, so the loss mask is unknown; put "
-            "{% generation %}...{% endgeneration %} around the assistant's content and its end-of-turn token"
-        )
+    return str(tokenizer.chat_template)

@@ -18,7 +18,7 @@ from posttrain.recipe_file import dump_recipe
 from posttrain.run_dir import RunDir
 
 
-def run(recipe: EvalRecipe, *, resume: bool = False) -> int:
+def run(recipe: EvalRecipe) -> int:
     """Evaluate and write summary, samples and report."""
     start = time.perf_counter()
     run_dir = RunDir(recipe.run_dir)

@@ -10,7 +10,7 @@ from typing import Any
 from data.prompts import to_prompts
 from eval.statistics import Estimate, estimate
 from posttrain.recipe import EvalSection
-from posttrain.records import section_records
+from posttrain.records import evaluation_records
 from posttrain.types import Completion, Prompt, SamplingParams
 from rewards import RewardFunction, score_completion
 
@@ -41,11 +41,7 @@ class EvalResult:
 
 def eval_prompts(section: EvalSection, tokenizer: Any) -> tuple[Prompt, ...]:
     """The held-out problems, in the order of the recipe."""
-    prompts: list[Prompt] = []
-    for dataset in section.datasets:
-        split = "eval" if dataset.task is not None else "test"
-        prompts.extend(to_prompts(section_records(dataset, split, section.seed), tokenizer))
-    return tuple(prompts)
+    return to_prompts(evaluation_records(section.datasets, section.seed), tokenizer)
 
 
 def evaluate(section: EvalSection, prompts: Sequence[Prompt], generate: Generate) -> EvalResult:

@@ -3,13 +3,25 @@
 The rooms:
 
     stages          sft.py, grpo.py, pipeline.py: each file is its stage's algorithm; cli.py is their command line
-    description     recipe.py (what a run is), recipe_file.py (YAML), plan.py (what it would do), records.py (its data)
+    description     recipe.py (the door), sections.py (what stages share), sft_recipe.py, grpo_recipe.py; recipe_file.py
+                    (YAML), plan.py (what it would do), records.py (its data)
     what flows      types.py: Prompt, Completion, Group, Sample, Microbatch, TrainBatch
-    mathematics     losses.py, advantages.py, packing.py: pure functions
-    engines         sampler.py with vllm_extension.py (vLLM), learner.py (accelerate), model/ (the policy, its router)
+    mathematics     losses.py, balance_losses.py, advantages.py, packing.py: pure functions
+    SFT             sft_data.py (chats to packed rows), preflight.py (a look before the first step), sft_trainer.py (losses,
+                    checkpoints), sft_callbacks.py, sft_parts.py (puts them together)
+    engines         sampler.py with vllm_extension.py (vLLM), learner.py (accelerate)
+    the policy      model/: load, router, balance, mtp (multi-token prediction), lora, upcycle, policy_files
     agreement       wire.py, weights.py (publication and its receipt), parity.py (sampler against learner, token by token)
     the cluster     cluster.py: the only file that imports ray
-    the run         grpo_job.py, sft_parts.py, rollout.py, checkpoint.py, run_dir.py, metrics.py, progress.py, interrupt.py
+    the run         grpo_job.py, rollout.py, checkpoint.py, run_dir.py, metrics.py, progress.py, interrupt.py
+
+One SFT step, as PolicyTrainer takes it:
+
+    Rows                    packed rows -> input_ids, position_ids, labels; no attention mask
+    get_batch_samples       the microbatches of a step, and the counts that its losses are divided by
+    compute_loss            cross-entropy (TRL), balance loss, prediction loss; expert loads
+    EndStep                 the router's correction bias moves by the loads of the global batch
+    log, evaluate, save     metrics, exact held-out loss, a whole checkpoint
 
 One GRPO batch, as `grpo.train` walks it:
 

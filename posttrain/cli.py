@@ -1,6 +1,6 @@
 """The command line that all stages share.
 
-    python -m posttrain.<stage> recipe.yaml [key.path=value ...] [--key.path value ...] [--dry-run] [--resume]
+    python -m posttrain.<stage> recipe.yaml [key.path=value ...] [--key.path value ...] [--dry-run] [--resume] [--preflight]
 
 A recipe that cannot be run is refused here with one line and exit code 2, before anything heavy is imported.
 
@@ -26,8 +26,16 @@ from posttrain.recipe import DatasetSection, PipelineRecipe, Recipe, RecipeError
 from posttrain.recipe_file import check_files, load_recipe, module_of, nearest, stage_recipe
 from rewards import RewardFunction
 
-RESUMABLE = ("sft", "grpo")
-OPTIONS = ("--config", "--dry-run", "--resume", "--help")
+# Options beyond --dry-run that a stage takes; each becomes a keyword of its `run`.
+STAGE_OPTIONS = {
+    "resume": ("sft", "grpo"),
+    "preflight": ("sft",),
+}
+EXPLAINED = {
+    "resume": "go on from the newest whole checkpoint of the run",
+    "preflight": "load policy and data, show what would be trained, and stop",
+}
+OPTIONS = ("--config", "--dry-run", *(f"--{name}" for name in STAGE_OPTIONS), "--help")
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -46,12 +54,12 @@ def run_stage(stage: str, run: Callable[..., int | None], argv: Sequence[str] | 
     """Parse the command line, check the recipe and run the stage.
 
     Returns:
-        What `run(recipe, resume=...)` returns (None is 0); 2 for a recipe that cannot be run, 3 for a run that had to
+        What `run(recipe, **options)` returns (None is 0); 2 for a recipe that cannot be run, 3 for a run that had to
         stop, 130 when it was interrupted.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        source, overrides, dry_run, resume = parse(stage, arguments)
+        source, overrides, dry_run, options = parse(stage, arguments)
         recipe = load_recipe(source, overrides, stage=stage)
         check_recipe(recipe, source)
         plan = describe(recipe) if dry_run else ""
@@ -64,7 +72,7 @@ def run_stage(stage: str, run: Callable[..., int | None], argv: Sequence[str] | 
         os.environ.setdefault(name, value)
     try:
         with _sigterm_interrupts():
-            return run(recipe, resume=resume) or 0
+            return run(recipe, **options) or 0
     except RecipeError as error:
         return _end("error", error, 2)
     except RunStopped as error:
@@ -96,8 +104,8 @@ def _sigterm_interrupts() -> Iterator[None]:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def parse(stage: str, arguments: Sequence[str]) -> tuple[str, list[str], bool, bool]:
-    """The recipe's path, the overrides in their order, --dry-run, --resume.
+def parse(stage: str, arguments: Sequence[str]) -> tuple[str, list[str], bool, dict[str, bool]]:
+    """The recipe's path, the overrides in their order, --dry-run, and the stage's own options.
 
     Raises:
         RecipeError: no recipe, two of them, or an option that does not exist.
@@ -113,8 +121,9 @@ def parse(stage: str, arguments: Sequence[str]) -> tuple[str, list[str], bool, b
     parser.add_argument("recipe", nargs="?", help="the recipe, a YAML file")
     parser.add_argument("--config", metavar="FILE", help="the recipe, instead of the first word")
     parser.add_argument("--dry-run", action="store_true", help="check the recipe, print the plan and stop")
-    if stage in RESUMABLE:
-        parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of the run")
+    taken = [name for name, stages in STAGE_OPTIONS.items() if stage in stages]
+    for name in taken:
+        parser.add_argument(f"--{name}", action="store_true", help=EXPLAINED[name])
     words, overrides = _split_overrides(stage, arguments)
     try:
         known, extra = parser.parse_known_args(words)
@@ -124,7 +133,7 @@ def parse(stage: str, arguments: Sequence[str]) -> tuple[str, list[str], bool, b
     if len(files) != 1:
         given = ", ".join(map(repr, files)) or "none"
         raise RecipeError(f"command line: give one recipe file, not {given}; a change to it is written key.path=value")
-    return files[0], overrides, known.dry_run, stage in RESUMABLE and known.resume
+    return files[0], overrides, known.dry_run, {name: getattr(known, name) for name in taken}
 
 
 def _split_overrides(stage: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -138,10 +147,8 @@ def _split_overrides(stage: str, arguments: Sequence[str]) -> tuple[list[str], l
             words.extend((word, *_next(rest)))
         elif word in ("--dry-run", "-h", "--help") or word.startswith("--config="):
             words.append(word)
-        elif word == "--resume":
-            if stage not in RESUMABLE:
-                why = "goes on by itself where it stopped" if stage == "pipeline" else "has nothing to go on from"
-                raise RecipeError(f"command line: '--resume': {stage} {why}; leave --resume out")
+        elif word.removeprefix("--") in STAGE_OPTIONS and word.startswith("--"):
+            _require_option(stage, word)
             words.append(word)
         elif word.startswith("-"):
             if not equals:
@@ -155,6 +162,15 @@ def _split_overrides(stage: str, arguments: Sequence[str]) -> tuple[list[str], l
         else:
             words.append(word)
     return words, overrides
+
+
+def _require_option(stage: str, option: str) -> None:
+    if stage in STAGE_OPTIONS[option.removeprefix("--")]:
+        return
+    why = f"has no {option}"
+    if option == "--resume":
+        why = "goes on by itself where it stopped" if stage == "pipeline" else "has nothing to go on from"
+    raise RecipeError(f"command line: {option!r}: {stage} {why}; leave {option} out")
 
 
 def _next(words: Iterator[str]) -> list[str]:

@@ -173,6 +173,7 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
             model=model,
             optimizer=recipe.optimizer,
             reference_path=recipe.model.model_name_or_path if recipe.algorithm.beta else None,
+            origin=recipe.model.model_name_or_path,
             bias_update_speed=recipe.router.bias_update_speed,
             temperature=recipe.rollout.temperature,
             total_steps=recipe.max_steps * recipe.algorithm.num_minibatches * recipe.algorithm.num_iterations,
@@ -192,9 +193,12 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
             prompts.restore(progress["prompts"])
         log = MetricsLog(run_dir.path, recipe.report_to, resume_step=step if resume else None)
         publisher.publish(step)
-        yield GrpoJob(
-            recipe, run_dir, log, tokenizer, prompts, functions, learner, samplers, publisher, step, saved_step=step
-        )
+        try:
+            yield GrpoJob(
+                recipe, run_dir, log, tokenizer, prompts, functions, learner, samplers, publisher, step, saved_step=step
+            )
+        finally:
+            log.close()
 
 
 def _resume_from(run_dir: RunDir) -> Path:

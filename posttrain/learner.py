@@ -19,7 +19,7 @@ from transformers import get_scheduler
 from posttrain import losses
 from posttrain.errors import RunStopped
 from posttrain.metrics import Metric
-from posttrain.model import load, router
+from posttrain.model import load, mtp, router
 from posttrain.packing import unpack
 from posttrain.parity import ParityReport, compare
 from posttrain.recipe import AlgorithmSection, LearnerSection, ModelSection, OptimizerSection
@@ -52,6 +52,7 @@ class Learner:
         learner: LearnerSection,
         *,
         reference_path: str | None,
+        origin: str | None = None,
         bias_update_speed: float,
         temperature: float,
         total_steps: int,
@@ -65,6 +66,8 @@ class Learner:
         self._temperature = temperature
         self._bias_update_speed = bias_update_speed
         assert model.model_name_or_path is not None
+        # Where a prediction module is that is carried along: the run's own checkpoints may be deleted meanwhile.
+        self._origin = origin or model.model_name_or_path
         self._tokenizer = load.load_tokenizer(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
         self._model = self._load(model, model.model_name_or_path)
         if learner.gradient_checkpointing:
@@ -217,6 +220,9 @@ class Learner:
         """Write the policy and this rank's training state into an existing directory; rank 0 only writes the model."""
         if self.rank == 0:
             load.save_policy(self._model, self._tokenizer, path)
+            if mtp.has_mtp(self._origin):
+                # Not trained here, but carried along: it goes on drafting for a policy that has moved a little.
+                mtp.copy_mtp(self._origin, self._model, path)
             state = {"optimizer": self._optimizer.state_dict(), "scheduler": self._scheduler.state_dict()}
             torch.save(state, Path(path) / "trainer_state.pt")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import statistics
@@ -57,7 +58,7 @@ class MetricsLog:
 
     Args:
         run_dir: where metrics.jsonl is.
-        report_to: "tensorboard", "wandb".
+        report_to: "tensorboard", "wandb", "trackio".
         resume_step: go on after this step, dropping lines of later steps; None starts a new file.
 
     Raises:
@@ -86,24 +87,39 @@ class MetricsLog:
         with self._path.open("a") as file:
             file.write(line + "\n")
         for tracker in self._trackers:
-            tracker(step, values)
+            tracker.log(step, values)
+
+    def close(self) -> None:
+        """Let the trackers write what they still hold."""
+        for tracker in self._trackers:
+            tracker.close()
 
 
-def _tracker(name: str, run_dir: Path) -> Callable[[int, Mapping[str, float]], Any]:
+@dataclass(frozen=True, slots=True)
+class _Tracker:
+    """An experiment tracker: what to call with a step and its values, and at the end."""
+
+    log: Callable[[int, dict[str, float]], Any]
+    close: Callable[[], Any]
+
+
+def _tracker(name: str, run_dir: Path) -> _Tracker:
     try:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(run_dir / "tensorboard"))
 
-            def write(step: int, values: Mapping[str, float]) -> None:
+            def write(step: int, values: dict[str, float]) -> None:
                 for key, value in values.items():
                     writer.add_scalar(key, value, step)
 
-            return write
-        import wandb
-
-        run = wandb.init(project="posttrain", name=run_dir.name, dir=str(run_dir))
-        return lambda step, values: run.log(dict(values), step=step)
+            return _Tracker(write, writer.close)
+        tracker = importlib.import_module(name)  # wandb, or trackio, which has the same calls
+        place = {"dir": str(run_dir)} if name == "wandb" else {}
+        run = tracker.init(project="posttrain", name=run_dir.name, **place)
+        return _Tracker(lambda step, values: run.log(values, step=step), run.finish)
     except ModuleNotFoundError as error:
-        raise RunStopped(f"report_to: {name} needs the package {error.name}; install it or remove {name}") from error
+        raise RunStopped(
+            f"report_to: {name} needs the package {error.name}; install it or leave {name} out"
+        ) from error

@@ -27,7 +27,7 @@ from posttrain.recipe_file import dump_recipe, module_of, stage_overrides, stage
 from posttrain.run_dir import RunDir
 
 
-def run(recipe: PipelineRecipe, *, resume: bool = False) -> int:
+def run(recipe: PipelineRecipe) -> int:
     """Run the stages. Returns 0, or the exit code of the first stage that did not end well."""
     run_dir = RunDir(recipe.run_dir)
     run_dir.write_recipe(dump_recipe(recipe))
@@ -61,9 +61,7 @@ def progress_of(directory: Path, recipe: Recipe) -> str:
         return "started"
     if (directory / "summary.json").exists() and read_summary(directory)["finished"]:
         return "finished"
-    if recipe.stage == "grpo":
-        return "resumed" if checkpoint.whole(directory / "checkpoints") else "started"
-    return "resumed" if list(directory.glob("trainer/checkpoint-*")) else "started"
+    return "resumed" if checkpoint.newest_trained(directory / "checkpoints") else "started"
 
 
 def run_process(module: str, arguments: Sequence[str]) -> int:

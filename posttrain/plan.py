@@ -42,7 +42,7 @@ def describe(recipe: Recipe) -> str:
         lines += _eval(recipe.eval) + _checkpoints(recipe.checkpoint, first="after the first step, ")
         lines += _memory(recipe.model, recipe.sampler, trains=True, beta=recipe.algorithm.beta)
     elif isinstance(recipe, SftRecipe):
-        lines += _model(recipe.model) + _trained(recipe.router) + _data(recipe.datasets) + _sft(recipe)
+        lines += _model(recipe.model) + _sft_trained(recipe) + _data(recipe.datasets) + _sft(recipe)
         lines += _eval(recipe.eval) + _checkpoints(recipe.checkpoint)
         lines += _memory(recipe.model, recipe.sampler if recipe.eval else None, trains=True, beta=0.0)
     elif isinstance(recipe, EvalRecipe):
@@ -150,6 +150,20 @@ def _model(model: ModelSection) -> list[str]:
     return [f"policy      {origin}, {size}, {model.dtype}"]
 
 
+def _sft_trained(recipe: SftRecipe) -> list[str]:
+    lora, mtp = recipe.lora, recipe.mtp
+    if lora is None:
+        lines = _trained(recipe.router)
+    else:
+        lines = [f"trains      LoRA adapters of rank {lora.r} on {', '.join(lora.targets)}; merged at the end"]
+    if recipe.router.freeze:
+        lines.append("            but not the router's weights")
+    if mtp is not None:
+        trunk = ", which does not reach the trunk" if mtp.detach_trunk else ""
+        lines.append(f"            and a prediction module ({mtp.init}), loss weight {mtp.loss_weight:g}{trunk}")
+    return lines
+
+
 def _trained(router: RouterSection) -> list[str]:
     bias = (
         f"the router's correction bias moves by {router.bias_update_speed:g} a step"
@@ -246,7 +260,7 @@ def _sft(recipe: SftRecipe) -> list[str]:
         f"= {rows} {kind} of up to {training.max_length} tokens per optimizer step and rank",
         f"            = up to {rows * training.max_length:,} tokens per optimizer step and rank",
         f"loss        on {_LOSS_ON[training.loss_on]}",
-        f"optimizer   AdamW, learning rate {optimizer.learning_rate:g}{end}, {optimizer.lr_scheduler_type}, "
+        f"optimizer   {training.optim}, learning rate {optimizer.learning_rate:g}{end}, {optimizer.lr_scheduler_type}, "
         f"{optimizer.warmup_steps} warm-up steps",
         f"length      {length}",
     ]

@@ -1,12 +1,14 @@
-"""Supervised fine-tuning with TRL's SFTTrainer: assistant tokens only, several samples packed per row.
+"""Supervised fine-tuning with TRL's SFTTrainer, for MoE policies.
 
-    python -m posttrain.sft recipe.yaml [key.path=value ...] [--dry-run] [--resume]
+    python -m posttrain.sft recipe.yaml [key.path=value ...] [--dry-run] [--preflight] [--resume]
+    accelerate launch --num_processes 8 -m posttrain.sft recipe.yaml
 
-As for DeepSeek-V3 (section 5.1): samples packed in one row cannot see each other, the learning rate falls along a cosine
-from `optimizer.learning_rate` to `optimizer.min_learning_rate`, and the router's correction bias may go on balancing the
-experts. The policy is a checkpoint, or a tiny DeepSeek-V3 built with random weights (`model.build`).
+As for DeepSeek-V3 (section 5.1): samples packed in one row cannot see each other, and the learning rate falls along a
+cosine from `optimizer.learning_rate` to `optimizer.min_learning_rate`. The policy is a checkpoint, or a tiny DeepSeek-V3
+built with random weights (`model.build`). Optional: the router's correction bias goes on balancing the experts
+(section 2.1.2), a multi-token-prediction module is trained along (section 2.2), or only LoRA adapters are.
 
-What is ours plugs into the trainer through its public doors: the dataset, the collator and callbacks.
+What is ours plugs into the trainer: the rows (sft_data.py), the losses and checkpoints (sft_trainer.py).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from eval.checkpoint import evaluate_checkpoint
 from eval.report import write_report
@@ -31,28 +33,39 @@ from posttrain.recipe_file import dump_recipe
 from posttrain.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from trl import SFTTrainer
+    from accelerate import PartialState
+
+    from posttrain.sft_parts import SftJob
+    from posttrain.sft_trainer import PolicyTrainer
 
 
-def run(recipe: SftRecipe, *, resume: bool = False) -> int:
+def run(recipe: SftRecipe, *, resume: bool = False, preflight: bool = False) -> int:
     """Train as the recipe says. Returns the exit code: 0, or 130 when a signal ended the run early."""
+    from posttrain.sft_parts import join_ranks
+
     start = time.perf_counter()
+    ranks = join_ranks()
     run_dir = RunDir(recipe.run_dir)
-    if not resume:
+    if not resume and not preflight:
         checkpoint.require_fresh(run_dir.checkpoints)
-    run_dir.write_recipe(dump_recipe(recipe))
-    run_dir.write_environment(recipe.seed)
-    origin = starting_checkpoint(recipe, run_dir, resume=resume)
-    before = evaluation(recipe, origin) if not resume else None
+    if ranks.is_main_process:
+        run_dir.write_recipe(dump_recipe(recipe))
+        run_dir.write_environment(recipe.seed)
+    origin = starting_checkpoint(recipe, run_dir, ranks)
+    job = prepare(recipe, run_dir, origin, ranks, resume=resume)
+    if preflight:
+        return 0
+    before = evaluation(recipe, origin, ranks) if not resume else None
     with graceful_stop() as stop:
-        trainer = train(recipe, run_dir, origin, stop, resume=resume)
-    saved = save(recipe, run_dir, trainer)
-    after = None if stop else evaluation(recipe, saved)
-    finish(recipe, run_dir, trainer, before, after, time.perf_counter() - start)
+        trainer = train(recipe, run_dir, job, stop)
+    saved = trainer.save_last(finished=not stop)
+    after = None if stop else evaluation(recipe, saved, ranks)
+    if ranks.is_main_process:
+        finish(recipe, run_dir, trainer, before, after, finished=not stop, seconds=time.perf_counter() - start)
     return 130 if stop else 0
 
 
-def starting_checkpoint(recipe: SftRecipe, run_dir: RunDir, *, resume: bool) -> Path:
+def starting_checkpoint(recipe: SftRecipe, run_dir: RunDir, ranks: PartialState) -> Path:
     """The checkpoint to start from; a new policy is built and saved first, so that every engine can load it."""
     from data.chat import build_tokenizer
     from posttrain.model.load import build_policy, save_policy
@@ -60,99 +73,72 @@ def starting_checkpoint(recipe: SftRecipe, run_dir: RunDir, *, resume: bool) -> 
     if recipe.model.build is None:
         return Path(str(recipe.model.model_name_or_path))
     built = run_dir.checkpoints / "step-0"
-    if resume and built in checkpoint.whole(run_dir.checkpoints):
-        return built
-    tokenizer = build_tokenizer()
-    policy = build_policy(recipe.model.build.model_dump(), tokenizer, recipe.seed)
-    # One more than asked for, so that the starting point stays beside the newest.
-    return checkpoint.save(
-        run_dir.checkpoints, 0, lambda path: save_policy(policy, tokenizer, path), {}, keep=_keep(recipe)
-    )
+    if ranks.is_main_process and built not in checkpoint.whole(run_dir.checkpoints):
+        tokenizer = build_tokenizer()
+        policy = build_policy(recipe.model.build.model_dump(), tokenizer, recipe.seed)
+        checkpoint.save(run_dir.checkpoints, 0, lambda path: save_policy(policy, tokenizer, path), {}, keep=1)
+    ranks.wait_for_everyone()
+    return built
 
 
-def train(recipe: SftRecipe, run_dir: RunDir, origin: Path, stop: StopRequest, *, resume: bool) -> SFTTrainer:
-    """Run the trainer to its end, or until a stop is requested."""
-    from transformers import PrinterCallback
-    from trl import SFTTrainer
-
+def prepare(recipe: SftRecipe, run_dir: RunDir, origin: Path, ranks: PartialState, *, resume: bool) -> SftJob:
+    """Load policy and data, and show what is about to be trained; stops here when that cannot be right."""
     from posttrain import sft_parts
-    from posttrain.model.load import load_policy, load_tokenizer
 
-    last = sft_parts.last_checkpoint(run_dir.path) if resume else None
+    last = checkpoint.newest_trained(run_dir.checkpoints) if resume else None
     if resume and last is None:
         raise RunStopped(
-            f"--resume: no trainer checkpoint in {run_dir.path}; set checkpoint.save_steps, or start without --resume"
+            f"--resume: no checkpoint in {run_dir.checkpoints}; set checkpoint.save_steps, or start without --resume"
         )
-    # On resuming, the model itself is loaded from the checkpoint: the trainer alone would lose every routed expert.
-    path = str(last or origin)
-    tokenizer = load_tokenizer(str(origin), trust_remote_code=recipe.model.trust_remote_code)
-    policy = load_policy(
-        path,
-        dtype="float32",
-        attn_implementation=recipe.model.attn_implementation,
-        experts_implementation=recipe.model.experts_implementation,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
-    dataset = sft_parts.tokenized_dataset(recipe, tokenizer)
+    job = sft_parts.load_job(recipe, origin, last, ranks)
+    if ranks.is_main_process:
+        sft_parts.show_preflight(job, recipe, run_dir)
+    ranks.wait_for_everyone()
+    return job
+
+
+def train(recipe: SftRecipe, run_dir: RunDir, job: SftJob, stop: StopRequest) -> PolicyTrainer:
+    """Run the trainer to its end, or until a stop is requested."""
+    from posttrain import sft_callbacks, sft_parts
+
     with Progress("sft", recipe.training.max_steps) as progress:
-        log = MetricsLog(run_dir.path, recipe.report_to, resume_step=sft_parts.step_of(last) if last else None)
-        trainer = SFTTrainer(
-            model=policy,
-            processing_class=tokenizer,
-            args=sft_parts.trainer_arguments(recipe, run_dir.path),
-            train_dataset=dataset,
-            data_collator=sft_parts.Rows(tokenizer.pad_token_id),
-            callbacks=[
-                sft_parts.LogSteps(log, progress),
-                sft_parts.StopOnRequest(stop),
-                sft_parts.BalanceRouter(recipe.router.bias_update_speed, tokenizer.pad_token_id),
-            ],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        log = MetricsLog(run_dir.path, recipe.report_to, resume_step=job.resume_step) if job.is_main else None
+        trainer = sft_parts.build_trainer(recipe, run_dir, job)
+        trainer.add_callback(sft_callbacks.LogSteps(log, progress))
+        trainer.add_callback(sft_callbacks.StopOnRequest(stop))
+        trainer.train(resume_from_checkpoint=str(job.resumed_from) if job.resumed_from else None)
     return trainer
 
 
-def save(recipe: SftRecipe, run_dir: RunDir, trainer: SFTTrainer) -> Path:
-    """The trained policy as a checkpoint that transformers, vLLM and the other stages load."""
-    from posttrain.model.load import save_policy
-
-    policy, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
-    return checkpoint.save(
-        run_dir.checkpoints,
-        trainer.state.global_step,
-        lambda path: save_policy(policy, tokenizer, path),
-        {},
-        keep=_keep(recipe),
-    )
-
-
-def evaluation(recipe: SftRecipe, path: Path) -> EvalResult | None:
-    """pass@1 and greedy accuracy of a checkpoint on vLLM; None without an `eval` section."""
-    if recipe.eval is None:
-        return None
-    model = recipe.model.model_copy(update={"model_name_or_path": str(path), "build": None})
-    return evaluate_checkpoint(model, recipe.eval, recipe.sampler)
+def evaluation(recipe: SftRecipe, path: Path, ranks: PartialState) -> EvalResult | None:
+    """pass@1 and greedy accuracy of a checkpoint on vLLM; None without an `eval` section, and on ranks but the first."""
+    result = None
+    if recipe.eval is not None and ranks.is_main_process:
+        model = recipe.model.model_copy(update={"model_name_or_path": str(path), "build": None})
+        result = evaluate_checkpoint(model, recipe.eval, recipe.sampler)
+    ranks.wait_for_everyone()
+    return result
 
 
 def finish(
     recipe: SftRecipe,
     run_dir: RunDir,
-    trainer: Any,
+    trainer: PolicyTrainer,
     before: EvalResult | None,
     after: EvalResult | None,
+    *,
+    finished: bool,
     seconds: float,
 ) -> None:
     """Write summary and report, and show what came of the run."""
     results = {name: result for name, result in (("before", before), ("after", after)) if result is not None}
-    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     run_dir.write_summary(
         {
             "stage": "sft",
             "seconds": seconds,
             "steps": trainer.state.global_step,
-            "finished": trainer.state.global_step >= trainer.state.max_steps,
-            "metrics": {"loss": losses[-1]["loss"]} if losses else {},
+            "finished": finished,
+            "metrics": trainer.last_metrics(),
             "eval": {name: result.to_dict() for name, result in results.items()},
         }
     )
@@ -162,10 +148,6 @@ def finish(
     if results:
         before_after_table({name: result.to_dict() for name, result in results.items()})
     paths_written(run_dir.path, [run_dir.checkpoints / checkpoint.LATEST, report])
-
-
-def _keep(recipe: SftRecipe) -> int:
-    return recipe.checkpoint.save_total_limit + (recipe.model.build is not None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

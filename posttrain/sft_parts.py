@@ -1,97 +1,270 @@
-"""What SFT plugs into TRL's SFTTrainer: dataset, collator, arguments and callbacks."""
+"""What the SFT stage puts together: policy, rows, preflight, trainer and its callbacks."""
 
 from __future__ import annotations
 
-import math
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, pack_dataset
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from trl import SFTConfig
 
-from data.chat import tokenize_with_mask
+from data.records import Record
+from data.templates import set_chat_template
+from posttrain import checkpoint, preflight, preflight_view, sft_data
 from posttrain.errors import RunStopped
-from posttrain.interrupt import StopRequest
-from posttrain.metrics import Metric, MetricsLog
-from posttrain.model import router
-from posttrain.progress import Progress
-from posttrain.recipe import SftRecipe
-from posttrain.records import load_chats
+from posttrain.model import load, lora, mtp
+from posttrain.model.balance import RouterBalance
+from posttrain.model.mtp_objective import MtpObjective
+from posttrain.model.policy_files import PolicyFiles
+from posttrain.model.router import find_routers
+from posttrain.recipe import OptimizerSection, SftRecipe
+from posttrain.records import load_chats, stream_chats, validation_split
+from posttrain.run_dir import RunDir, write_atomically
+from posttrain.sft_callbacks import EndStep
+from posttrain.sft_data import Cursor, PackedStream, RowCounts, RowMaker
+from posttrain.sft_trainer import PolicyTrainer
 
-TRAINER_DIRECTORY = "trainer"
+PREVIEW_CHATS = 256  # of a stream, for the preflight
 
 
-IGNORED = -100  # the label of a token without loss
+@dataclass(frozen=True)
+class SftRows:
+    """What is trained on, and what is known of it before."""
+
+    train: Dataset | PackedStream
+    held_out: Dataset | None
+    preview: list[dict[str, Any]]  # for the preflight: all rows, or the first ones of a stream
+    counts: RowCounts  # of the preview
+    report: dict[str, Any]  # of the data preparation, see `posttrain.records.load_chats`; empty for a stream
 
 
-def tokenized_dataset(recipe: SftRecipe, tokenizer: Any) -> Dataset:
-    """The recipe's chats as rows of token ids and labels, packed best-fit if the recipe says so.
+@dataclass(frozen=True)
+class SftJob:
+    """Everything loaded and ready to train."""
 
-    Columns: input_ids, labels (the token itself where it is trained, else -100) and, when packed, seq_lengths.
+    policy: Any
+    files: PolicyFiles
+    maker: RowMaker
+    rows: SftRows
+    balance: RouterBalance
+    objective: MtpObjective | None
+    resumed_from: Path | None
+    is_main: bool
+
+    @property
+    def resume_step(self) -> int | None:
+        return checkpoint.load_progress(self.resumed_from)["step"] if self.resumed_from else None
+
+
+def join_ranks() -> PartialState:
+    """This process among those that `accelerate launch` or `torchrun` started; alone without them.
 
     Raises:
-        RunStopped: no sample fits `training.max_length`, or none has a token to train on.
+        RunStopped: FSDP was asked for where accelerate does not do it.
     """
-    training = recipe.training
-    rows, too_long, untrained = [], 0, 0
-    for chat in load_chats(recipe.datasets, recipe.seed):
-        ids, mask = tokenize_with_mask(tokenizer, chat.messages)
-        trained = (True,) * len(ids) if training.loss_on == "all" else mask
-        too_long += len(ids) > training.max_length
-        untrained += not any(trained)
-        if len(ids) <= training.max_length and any(trained):
-            labels = [token if train else IGNORED for token, train in zip(ids, trained, strict=True)]
-            rows.append({"input_ids": list(ids), "labels": labels})
-    if too_long or untrained:
-        print(
-            f"sft: left out {too_long} samples longer than training.max_length={training.max_length} tokens and "
-            f"{untrained} without a trained token; {len(rows)} remain",
-            flush=True,
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not torch.cuda.is_available():
+        raise RunStopped(
+            "accelerate shards a policy (FSDP) on accelerators only and would silently ignore it here; on CPU start the "
+            "ranks with torchrun and without FSDP"
         )
-    if not rows:
-        raise RunStopped("no sample to train on: raise training.max_length, or look at the chat template and the data")
-    dataset = Dataset.from_list(rows)
-    return pack_dataset(dataset, training.max_length, "bfd") if training.packing else dataset
+    # The others wait while the first evaluates: longer than a collective's usual half hour.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
 
 
-class Rows(DataCollatorForLanguageModeling):
-    """Rows side by side, [rows, tokens]; packed samples are told apart by position ids that restart.
+# --- loading ----------------------------------------------------------------------------------------------------------
 
-    TRL's own collator lays packed rows end to end, which makes attention quadratic in the whole batch where no variable
-    length kernel is at hand. There is no attention mask: with one, transformers would let packed samples see each other.
+
+def load_job(recipe: SftRecipe, origin: Path, last: Path | None, ranks: PartialState) -> SftJob:
+    """Load the policy and make the rows.
+
+    Args:
+        recipe: of the run.
+        origin: the checkpoint that the run starts from.
+        last: the run's own checkpoint to go on from, None at the start.
+        ranks: of this run.
+
+    Raises:
+        RunStopped: there is nothing to train on.
+        ValueError: the recipe asks for what this policy cannot do.
     """
+    tokenizer = load.load_tokenizer(str(origin), trust_remote_code=recipe.model.trust_remote_code)
+    if recipe.training.chat_template is not None:
+        set_chat_template(tokenizer, recipe.training.chat_template)
+    policy, objective = load_policy(recipe, origin, last)
+    training, preparation = recipe.training, recipe.preparation
+    maker = RowMaker(tokenizer, training.max_length, training.packing, training.loss_on, preparation.too_long)
+    return SftJob(
+        policy=policy,
+        files=PolicyFiles(policy, tokenizer, origin, objective.module if objective else None),
+        maker=maker,
+        rows=load_rows(recipe, maker, last),
+        balance=RouterBalance(find_routers(policy), recipe.router),
+        objective=objective,
+        resumed_from=last,
+        is_main=ranks.is_main_process,
+    )
 
-    def __init__(self, pad_token_id: int) -> None:
-        super().__init__(pad_token_id=pad_token_id, return_position_ids=True)
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super().torch_call(examples)
-        del batch["attention_mask"]
-        # The first token of a sample is predicted from the sample before it: not a loss anyone wants.
-        batch["labels"][batch["position_ids"] == 0] = IGNORED
-        return batch
+def load_policy(recipe: SftRecipe, origin: Path, last: Path | None) -> tuple[Any, MtpObjective | None]:
+    """The policy with its adapters or its prediction module, as they were at `last`."""
+    section = recipe.lora
+    # With adapters, the policy itself never changes. Without, it comes from the run's own checkpoint: the trainer alone
+    # would lose every routed expert.
+    source = str(origin if section is not None or last is None else last)
+    policy = load.load_policy(
+        source,
+        dtype="float32",
+        attn_implementation=recipe.model.attn_implementation,
+        experts_implementation=recipe.model.experts_implementation,
+        trust_remote_code=recipe.model.trust_remote_code,
+        quantization=section.quantization if section else None,
+    )
+    if section is not None:
+        torch.manual_seed(recipe.seed)
+        policy = lora.apply_lora(
+            policy, r=section.r, alpha=section.alpha, dropout=section.dropout, targets=section.targets
+        )
+        if last is not None:
+            lora.load_adapter(policy, last / lora.ADAPTER)
+    objective = None
+    if recipe.mtp is not None:
+        fresh = recipe.mtp.init == "new" and last is None
+        module = mtp.build_mtp(policy) if fresh else mtp.load_mtp(policy, source)
+        objective = MtpObjective(
+            policy,
+            module,
+            loss_weight=recipe.mtp.loss_weight,
+            detach_trunk=recipe.mtp.detach_trunk,
+            router=recipe.router,
+        )
+    return policy, objective
+
+
+def load_rows(recipe: SftRecipe, maker: RowMaker, last: Path | None) -> SftRows:
+    """Chats to rows, as the recipe's `datasets`, `preparation` and `validation` say.
+
+    Args:
+        recipe: of the run.
+        maker: of rows.
+        last: the checkpoint whose place in the stream to go on from.
+
+    Raises:
+        RunStopped: there is nothing to train on.
+    """
+    validation, held_out = recipe.validation, None
+    if validation is not None and validation.datasets is not None:
+        held_out = held_out_rows(maker, load_chats(validation.datasets, recipe.seed, split="eval").records)
+    if recipe.preparation.streaming:
+        stream = PackedStream(partial(open_stream, recipe), maker)
+        preview, counts = maker.rows(islice(stream.open_chats(0), PREVIEW_CHATS))
+        sft_data.require_rows(preview, counts)
+        if last is not None:
+            progress = checkpoint.load_progress(last)
+            stream.start_at(Cursor(**progress["cursor"]), progress["rows"])
+        return SftRows(stream, held_out, preview, counts, {})
+    prepared = load_chats(recipe.datasets, recipe.seed, recipe.preparation)
+    chats = prepared.records
+    if validation is not None and validation.fraction is not None:
+        chats, kept_back = validation_split(chats, validation.fraction, recipe.seed)
+        held_out = held_out_rows(maker, kept_back)
+    rows, counts = maker.rows(chats)
+    sft_data.require_rows(rows, counts)
+    left_out = {name: prepared.report[name] for name in ("duplicates", "contaminated")}
+    return SftRows(Dataset.from_list(rows), held_out, rows, replace(counts, **left_out), prepared.report)
+
+
+def open_stream(recipe: SftRecipe, skip: int) -> Iterator[Record]:
+    """The chats of a stream from the `skip`-th on."""
+    return stream_chats(recipe.datasets, recipe.seed, recipe.preparation, skip)
+
+
+def held_out_rows(maker: RowMaker, chats: Sequence[Record]) -> Dataset:
+    """Rows of held-out chats."""
+    rows, counts = maker.rows(chats)
+    sft_data.require_rows(rows, counts)
+    return Dataset.from_list(rows)
+
+
+# --- before the first step --------------------------------------------------------------------------------------------
+
+
+def show_preflight(job: SftJob, recipe: SftRecipe, run_dir: RunDir) -> None:
+    """Print the preflight and keep it as preflight.json, beside data.json with what became of the chats.
+
+    Raises:
+        RunStopped: it found something that would spoil the run.
+    """
+    prepared = {**job.rows.counts.to_dict(), "preparation": job.rows.report}
+    write_atomically(run_dir.path / "data.json", json.dumps(prepared, indent=2))
+    rows, tokenizer = job.rows.preview, job.maker.tokenizer
+    report = preflight.inspect_run(recipe, policy=job.policy, tokenizer=tokenizer, rows=rows, counts=job.rows.counts)
+    preflight_view.show(report, rows, tokenizer)
+    write_atomically(run_dir.path / "preflight.json", json.dumps(report.facts, indent=2))
+    preflight.require(report)
+
+
+# --- the trainer ------------------------------------------------------------------------------------------------------
+
+
+def build_trainer(recipe: SftRecipe, run_dir: RunDir, job: SftJob) -> PolicyTrainer:
+    """The trainer, ready to run."""
+    callbacks: list[TrainerCallback] = [EndStep(job.balance, job.objective)]
+    if recipe.validation is not None and recipe.validation.early_stopping_patience:
+        callbacks.append(
+            EarlyStoppingCallback(recipe.validation.early_stopping_patience, recipe.validation.early_stopping_threshold)
+        )
+    stream = job.rows.train if isinstance(job.rows.train, PackedStream) else None
+    trainer = PolicyTrainer(
+        balance=job.balance,
+        mtp=job.objective,
+        files=job.files,
+        stream=stream,
+        checkpoints=run_dir.checkpoints,
+        keep=recipe.checkpoint.save_total_limit,
+        model=job.policy,
+        processing_class=job.maker.tokenizer,
+        args=trainer_arguments(recipe, run_dir.path),
+        train_dataset=job.rows.train if stream is None else stream.dataset(),
+        eval_dataset=job.rows.held_out,
+        data_collator=sft_data.Rows(job.maker.tokenizer.pad_token_id),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def trainer_arguments(recipe: SftRecipe, run_dir: Path) -> SFTConfig:
     """The recipe in TRL's words."""
-    training, optimizer = recipe.training, recipe.optimizer
-    scheduler: dict[str, Any] = {"lr_scheduler_type": optimizer.lr_scheduler_type}
-    if optimizer.lr_scheduler_type == "cosine":
-        scheduler = {
-            "lr_scheduler_type": "cosine_with_min_lr",
-            "lr_scheduler_kwargs": {"min_lr": optimizer.min_learning_rate},
+    training, optimizer, validation = recipe.training, recipe.optimizer, recipe.validation
+    watching: dict[str, Any] = {}
+    if validation is not None:
+        watching = {
+            "eval_strategy": "steps",
+            "eval_steps": validation.eval_steps,
+            "per_device_eval_batch_size": training.per_device_train_batch_size,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
         }
-    elif optimizer.lr_scheduler_type == "constant":
-        scheduler = {"lr_scheduler_type": "constant_with_warmup"}
     saving = recipe.checkpoint.save_steps
     return SFTConfig(
-        output_dir=str(run_dir / TRAINER_DIRECTORY),
-        # Tokens, labels and packed rows are ready: `tokenized_dataset` made them.
+        output_dir=str(run_dir / "trainer"),  # where a checkpoint is while it is written
+        # Tokens, labels and packed rows are ready: sft_data.py made them.
         dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        # Each rank reads the stream itself: rows of a batch differ in width, so they cannot be dispatched by the first.
+        accelerator_config={"dispatch_batches": False},
+        ignore_data_skip=recipe.preparation.streaming,  # the stream starts at its cursor
         max_steps=training.max_steps or -1,
         num_train_epochs=training.num_train_epochs or 1,
         per_device_train_batch_size=training.per_device_train_batch_size,
@@ -100,6 +273,7 @@ def trainer_arguments(recipe: SftRecipe, run_dir: Path) -> SFTConfig:
         gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
         bf16=training.bf16,
         use_cpu=not torch.cuda.is_available(),
+        optim=training.optim,
         learning_rate=optimizer.learning_rate,
         warmup_steps=optimizer.warmup_steps,
         weight_decay=optimizer.weight_decay,
@@ -107,123 +281,23 @@ def trainer_arguments(recipe: SftRecipe, run_dir: Path) -> SFTConfig:
         adam_beta2=optimizer.adam_beta2,
         adam_epsilon=optimizer.adam_epsilon,
         max_grad_norm=optimizer.max_grad_norm,
+        router_aux_loss_coef=0.0,  # ours, in model/balance.py, leaves padding out
         logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,  # a loss that is not a number must be seen
         save_strategy="steps" if saving else "no",
         save_steps=saving or 500,
-        save_total_limit=recipe.checkpoint.save_total_limit,
         report_to="none",  # metrics.py is the one place that reports
         disable_tqdm=True,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        **scheduler,
+        **_schedule(optimizer),
+        **watching,
     )
 
 
-def last_checkpoint(run_dir: Path) -> Path | None:
-    """The trainer's newest checkpoint of an earlier run."""
-    directory = run_dir / TRAINER_DIRECTORY
-    found = get_last_checkpoint(str(directory)) if directory.is_dir() else None
-    return Path(found) if found else None
-
-
-def step_of(trainer_checkpoint: Path) -> int:
-    return int(trainer_checkpoint.name.rpartition("-")[2])
-
-
-class LogSteps(TrainerCallback):
-    """The trainer's numbers to metrics.jsonl and to the progress display."""
-
-    def __init__(self, log: MetricsLog, progress: Progress) -> None:
-        self._log = log
-        self._progress = progress
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._progress.set_total(state.max_steps)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        metrics = {f"train/{name}": Metric(float(value), "mean") for name, value in logs.items() if _is_number(value)}
-        self._log.log(state.global_step, metrics)
-        self._progress.update(state.global_step, metrics)
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except (TypeError, ValueError):
-        return False
-
-
-class StopOnRequest(TrainerCallback):
-    """Ends the training after the present step when a signal asked for it, with a checkpoint to resume from."""
-
-    def __init__(self, stop: StopRequest) -> None:
-        self._stop = stop
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._stop:
-            control.should_training_stop = True
-            control.should_save = True
-
-
-class BalanceRouter(TrainerCallback):
-    """Auxiliary-loss-free balance during SFT: counts experts as they are chosen, moves the bias after each step."""
-
-    def __init__(self, speed: float, pad_token_id: int) -> None:
-        self._speed = speed
-        self._pad_token_id = pad_token_id
-        self._handles: list[Any] = []
-        self._counts: list[torch.Tensor] = []
-        self._real_N: torch.Tensor | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        self._routers = router.find_routers(model)
-        if not self._speed or not self._routers:
-            return
-        self._counts = [torch.zeros(r.weight.shape[0], device=r.weight.device) for r in self._routers]
-        self._handles = [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            model.register_forward_hook(self._end),
-        ]
-        for layer, module in enumerate(self._routers):
-            self._handles.append(module.register_forward_hook(self._counter(layer)))
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not self._handles:
-            return
-        counts_LE = torch.stack(self._counts)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts_LE)
-        router.update_correction_bias(self._routers, counts_LE, self._speed)
-        for counts_E in self._counts:
-            counts_E.zero_()
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def _begin(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        self._real_N = (kwargs["input_ids"] != self._pad_token_id).flatten()
-
-    def _end(self, _module: Any, _args: Any, _output: Any) -> None:
-        # What runs after the forward pass is gradient checkpointing repeating it: not to be counted again.
-        self._real_N = None
-
-    def _counter(self, layer: int) -> Any:
-        def count(_module: Any, _args: Any, output: Any) -> None:
-            if self._real_N is not None:
-                chosen = output[2].detach()[self._real_N].flatten()
-                self._counts[layer] += torch.bincount(chosen, minlength=len(self._counts[layer]))
-
-        return count
+def _schedule(optimizer: OptimizerSection) -> dict[str, Any]:
+    if optimizer.lr_scheduler_type == "cosine":
+        floor = {"min_lr": optimizer.min_learning_rate}
+        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": floor}
+    name = "constant_with_warmup" if optimizer.lr_scheduler_type == "constant" else optimizer.lr_scheduler_type
+    return {"lr_scheduler_type": name}

@@ -166,6 +166,11 @@ class SftRecipe(Recipe):
             )
         if self.preparation.streaming:
             self._streams()
+        if self.lora is not None and self.mtp is not None:
+            raise ValueError(
+                "lora and mtp: a prediction module is trained with the whole policy, not beside adapters; remove one (a "
+                "module of the checkpoint is carried along in any case)"
+            )
         if self.router.freeze and self.lora is not None and "router" in self.lora.targets:
             raise ValueError("router.freeze: true contradicts lora.targets with router; remove one")
         return self
@@ -180,6 +185,11 @@ class SftRecipe(Recipe):
             raise ValueError(
                 "preparation.mixture_temperature needs the sizes of the sources, which a stream does not know; give each "
                 "source a weight"
+            )
+        if len(self.datasets) > 1 and not any("weight" in dataset.model_fields_set for dataset in self.datasets):
+            raise ValueError(
+                "preparation.streaming: several datasets are blended by weight, since their sizes are not known; give "
+                "each one a weight"
             )
         if self.validation is not None and self.validation.fraction is not None:
             raise ValueError("validation.fraction cannot cut a stream; give validation.datasets")

@@ -75,7 +75,7 @@ def must_not_run(recipe: Recipe, *, resume: bool) -> int:
     ],
 )
 def test_the_command_line_is_read(words: str, overrides: list[str], dry_run: bool, resume: bool) -> None:
-    assert cli.parse("grpo", words.split()) == ("r.yaml", overrides, dry_run, resume)
+    assert cli.parse("grpo", words.split()) == ("r.yaml", overrides, dry_run, {"resume": resume})
 
 
 @pytest.mark.parametrize(

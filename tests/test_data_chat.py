@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from data.chat import build_tokenizer, format_answer, render_prompt, tokenize_with_mask
+from data.chat import build_tokenizer, format_answer, render_prompt
+from data.loss_mask import tokenize_chat
 from data.tasks import get_task, task_names
 
 USER = {"role": "user", "content": "4-1="}
@@ -63,7 +64,7 @@ def test_format_answer() -> None:
 def test_rendered_prompt_is_the_start_of_the_rendered_chat(tokenizer: Any) -> None:
     prompt = render_prompt(tokenizer, [USER])
     assert tokenizer.decode(prompt) == "<bos><|user|>4-1=<|assistant|>"
-    ids, _ = tokenize_with_mask(tokenizer, [USER, ASSISTANT])
+    ids = tokenize_chat(tokenizer, [USER, ASSISTANT]).ids
     assert ids[: len(prompt)] == prompt
 
 
@@ -73,14 +74,16 @@ def test_system_message_is_rendered(tokenizer: Any) -> None:
 
 
 def masked_text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    ids, mask = tokenize_with_mask(tokenizer, messages)
+    chat = tokenize_chat(tokenizer, messages)
+    ids, mask = chat.ids, chat.mask
     assert len(ids) == len(mask)
     return str(tokenizer.decode([token for token, inside in zip(ids, mask, strict=True) if inside]))
 
 
 def test_mask_covers_exactly_the_content_and_its_eos(tokenizer: Any) -> None:
     assert masked_text(tokenizer, [USER, ASSISTANT]) == ASSISTANT["content"] + "<eos>"
-    ids, mask = tokenize_with_mask(tokenizer, [USER, ASSISTANT])
+    chat = tokenize_chat(tokenizer, [USER, ASSISTANT])
+    ids, mask = chat.ids, chat.mask
     start = mask.index(True)
     assert tokenizer.convert_ids_to_tokens(ids[start - 1]) == "<|assistant|>"
     assert all(mask[start:])
@@ -89,11 +92,12 @@ def test_mask_covers_exactly_the_content_and_its_eos(tokenizer: Any) -> None:
 def test_mask_covers_every_turn_of_the_assistant(tokenizer: Any) -> None:
     second = {"role": "assistant", "content": "7"}
     assert masked_text(tokenizer, [USER, ASSISTANT, USER, second]) == ASSISTANT["content"] + "<eos>7<eos>"
-    assert masked_text(tokenizer, [USER]) == ""
+    with pytest.raises(ValueError, match="no assistant message"):
+        tokenize_chat(tokenizer, [USER])
 
 
 def test_template_keeps_the_reasoning_of_every_turn(tokenizer: Any) -> None:
-    ids, _ = tokenize_with_mask(tokenizer, [USER, ASSISTANT, USER, ASSISTANT])
+    ids = tokenize_chat(tokenizer, [USER, ASSISTANT, USER, ASSISTANT]).ids
     assert tokenizer.decode(ids).count("<think>4-1=3</think>") == 2
 
 
@@ -107,7 +111,8 @@ def test_mask_works_with_another_template_that_has_markers() -> None:
 
 
 def test_trls_view_of_the_mask_is_the_same(tokenizer: Any) -> None:
-    ids, mask = tokenize_with_mask(tokenizer, [USER, ASSISTANT])
+    chat = tokenize_chat(tokenizer, [USER, ASSISTANT])
+    ids, mask = chat.ids, chat.mask
     encoded = tokenizer.apply_chat_template(
         [[USER, ASSISTANT]], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -119,11 +124,9 @@ def test_errors_say_the_cure() -> None:
     broken: Any = build_tokenizer()
     broken.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert broken.decode(render_prompt(broken, [USER])) == "4-1="
-    with pytest.raises(ValueError, match=r"put \{% generation %\}...\{% endgeneration %\} around"):
-        tokenize_with_mask(broken, [USER, ASSISTANT])
     broken.chat_template = None
-    for call in (render_prompt, tokenize_with_mask):
-        with pytest.raises(ValueError, match="no chat template; set tokenizer.chat_template"):
+    for call in (render_prompt, tokenize_chat):
+        with pytest.raises(ValueError, match=r"no chat template; set training\.chat_template"):
             call(broken, [USER])
     with pytest.raises(ValueError, match="last message is the assistant's; remove it"):
         render_prompt(build_tokenizer(), [USER, ASSISTANT])
@@ -140,9 +143,9 @@ def test_saved_and_loaded_it_is_the_same(tokenizer: Any, tmp_path: Path, beside_
         DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"]).save_pretrained(tmp_path)
     loaded: Any = AutoTokenizer.from_pretrained(tmp_path)
     chat = [USER, ASSISTANT]
-    assert tokenize_with_mask(loaded, chat) == tokenize_with_mask(tokenizer, chat)
+    assert tokenize_chat(loaded, chat) == tokenize_chat(tokenizer, chat)
     assert render_prompt(loaded, [USER]) == render_prompt(tokenizer, [USER])
-    ids, _ = tokenize_with_mask(loaded, chat)
+    ids = tokenize_chat(loaded, chat).ids
     assert loaded.decode(ids, skip_special_tokens=True) == "4-1=" + ASSISTANT["content"]
     assert (loaded.pad_token, loaded.eos_token) == ("<pad>", "<eos>")
     assert loaded.get_vocab() == tokenizer.get_vocab()

@@ -287,7 +287,8 @@ def test_options_may_be_written_as_flags(tmp_path: Path) -> None:
     from posttrain.cli import parse
 
     words = ["--config", "r.yaml", "--optimizer.learning_rate", "1e-5", "--seed.x=3", "max_steps=2", "--resume"]
-    assert parse("grpo", words) == ("r.yaml", ["optimizer.learning_rate=1e-5", "seed.x=3", "max_steps=2"], False, True)
+    overrides = ["optimizer.learning_rate=1e-5", "seed.x=3", "max_steps=2"]
+    assert parse("grpo", words) == ("r.yaml", overrides, False, {"resume": True})
 
 
 def test_dry_run_spells_out_the_batch(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -332,6 +333,51 @@ def test_every_key_is_explained_where_its_section_is() -> None:
 
     missing = sorted({path for recipe in RECIPES.values() for path in _key_paths(recipe) if not explained(path)})
     assert missing == []
+
+
+SFT = """
+stage: sft
+model: {model_name_or_path: some/model}
+datasets: [{path: some/chats}]
+training: {max_steps: 10}
+"""
+
+MALFORMED_SFT = [
+    ("training={}", "exactly one of max_steps and num_train_epochs"),
+    ("training.loss_on=answer", "'assistant', 'last_assistant', 'completion' or 'all'"),
+    ("training.assistant_only_loss=true", "unknown key"),
+    ("training.max_seq_length=9", "did you mean 'training.max_length'"),
+    ("preparation.too_long=split", "'drop', 'truncate' or 'error'"),
+    ("preparation={streaming: true, mixture_temperature: 2}", "give each source a weight"),
+    ("datasets=[{path: a/b, weight: 1}, {path: c/d}]|preparation.mixture_temperature=2", "remove one"),
+    ("datasets=[{path: a/b}, {path: c/d}]|preparation.streaming=true", "give each one a weight"),
+    ("training={num_train_epochs: 1}|preparation.streaming=true", "give training.max_steps"),
+    ("preparation.streaming=true|validation.fraction=0.1", "give validation.datasets"),
+    ("preparation.decontamination={datasets: []}", "at least 1 item"),
+    ("preparation.decontamination={datasets: [{path: a/b, weight: 1}]}", "weight=1.0 has no meaning here"),
+    ("validation={}", "exactly one of datasets (held-out chats) and fraction"),
+    ("validation={fraction: 1.5}", "less than 1"),
+    ("validation={fraction: 0.1, early_stopping_threshold: 0.1}", "without early_stopping_patience"),
+    ("lora={targets: []}", "at least 1 item"),
+    ("lora={targets: [all-linear]}", "'attention', 'routed_experts'"),
+    ("lora={dropout: 0.1}", "cannot have dropout"),
+    ("lora={r: 0}", "greater than or equal to 1"),
+    ("lora={targets: [router]}|router.freeze=true", "contradicts"),
+    ("lora={}|mtp={}", "remove one"),
+    ("mtp={loss_weight: 0}", "greater than 0"),
+    ("router.sequence_balance_alpha=-1", "greater than or equal to 0"),
+    ("eval={datasets: [{task: chain_sum, size: 4}], eval_steps: 5}", "only GRPO evaluates between its steps"),
+    ("report_to=[mlflow]", "'tensorboard', 'wandb' or 'trackio'"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), MALFORMED_SFT)
+def test_a_wrong_sft_recipe_is_refused_with_the_cure(overrides: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "sft.yaml"
+    file.write_text(SFT)
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(file, overrides.split("|"), stage="sft")
+    assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_errors_are_value_errors() -> None:

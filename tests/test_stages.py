@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
+from stage_commands import ROOT, Command, is_marked, metrics, run, wait_for_step
 
-ROOT = Path(__file__).parent.parent
 CONTRACT = [
     "reward/mean",
     "reward/accuracy/mean",
@@ -73,52 +73,6 @@ def recipe(tmp_path: Path, policy_path: Path) -> Path:
     return file
 
 
-class Command:
-    """A command in a process group of its own, with a mark by which its descendants are found."""
-
-    def __init__(self, *words: str, cwd: Path = ROOT) -> None:
-        self.mark = uuid.uuid4().hex
-        environment = {**os.environ, "POSTTRAIN_TEST_MARK": self.mark}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", *words],
-            cwd=cwd,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def finish(self, timeout: float = 300) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=timeout)
-        return self.process.returncode, output
-
-    def left_behind(self, within: float = 20) -> list[str]:
-        """Descendants that still live after so many seconds."""
-        end = time.monotonic() + within
-        while True:
-            found = [" ".join(p.cmdline())[:120] for p in psutil.process_iter() if is_marked(p, self.mark)]
-            if not found or time.monotonic() > end:
-                return found
-            time.sleep(0.5)
-
-
-def is_marked(process: psutil.Process, mark: str) -> bool:
-    """Whether a process that runs was started with this mark in its environment."""
-    try:
-        return process.environ().get("POSTTRAIN_TEST_MARK") == mark and process.status() != "zombie"
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return False
-
-
-def run(*words: str) -> tuple[int, str]:
-    return Command(*words).finish()
-
-
-def metrics(directory: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_grpo_leaves_everything_the_contract_names(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     evaluation = "eval={datasets: [{task: letter_counting, levels: [1], size: 12}], max_completion_length: 16}"
@@ -169,13 +123,6 @@ def test_an_interrupt_saves_cleans_up_and_can_be_resumed(recipe: Path, tmp_path:
     assert [line["step"] for line in metrics(out)] == list(range(1, last + 1))
 
 
-def wait_for_step(out: Path, process: subprocess.Popen[str], timeout: float = 200) -> None:
-    end = time.monotonic() + timeout
-    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
-        time.sleep(0.3)
-
-
 SFT = """
 stage: sft
 model: {build: {hidden_size: 64, intermediate_size: 96, moe_intermediate_size: 32, num_hidden_layers: 2}}
@@ -185,34 +132,6 @@ optimizer: {learning_rate: 2.0e-3, lr_scheduler_type: cosine, min_learning_rate:
 router: {bias_update_speed: 0.001}
 checkpoint: {save_steps: 4}
 """
-
-
-def test_sft_resumes_exactly_experts_and_bias_included(tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import load_file
-
-    file = tmp_path / "sft.yaml"
-    file.write_text(SFT % 8)
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    code, output = run("posttrain.sft", str(file), f"output_dir={whole}")
-    assert code == 0, output
-    code, output = run("posttrain.sft", str(file), f"output_dir={halves}")
-    assert code == 0, output
-    # As if the machine had died after step 4.
-    import shutil
-
-    shutil.rmtree(halves / "trainer" / "checkpoint-8")
-    shutil.rmtree(halves / "checkpoints" / "step-8")
-    code, output = run("posttrain.sft", str(file), f"output_dir={halves}", "--resume")
-    assert code == 0, output
-    expected = load_file(whole / "checkpoints" / "step-8" / "model.safetensors")
-    found = load_file(halves / "checkpoints" / "step-8" / "model.safetensors")
-    assert expected.keys() == found.keys()
-    for name, tensor in expected.items():
-        assert torch.allclose(found[name], tensor, atol=1e-6), name
-    assert any(name.endswith("e_score_correction_bias") and bool(t.any()) for name, t in found.items())
-    losses = [line["train/loss"] for line in metrics(whole)]
-    assert losses[-1] < losses[0]
 
 
 def test_a_pipeline_runs_its_stages_once(recipe: Path, tmp_path: Path) -> None:

@@ -43,14 +43,34 @@ def build_policy(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Dee
 
 
 def load_policy(
-    path: str, *, dtype: str, attn_implementation: str, experts_implementation: str, trust_remote_code: bool
+    path: str,
+    *,
+    dtype: str,
+    attn_implementation: str,
+    experts_implementation: str,
+    trust_remote_code: bool,
+    quantization: str | None = None,
 ) -> Any:
-    """A causal language model from a checkpoint directory or hub name."""
+    """A causal language model from a checkpoint directory or hub name.
+
+    Args:
+        path: of the checkpoint.
+        dtype: of its weights, e.g. "float32".
+        attn_implementation, experts_implementation: see docs/recipes.md.
+        trust_remote_code: whether its own code may run.
+        quantization: "nf4" loads the frozen weights of QLoRA; see `posttrain.model.lora.quantization_config`.
+    """
+    quantized: dict[str, Any] = {}
+    if quantization is not None:
+        from posttrain.model.lora import quantization_config  # lora.py stands on this file
+
+        quantized = {"quantization_config": quantization_config(quantization)}
     model = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=getattr(torch, dtype),
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        **quantized,
     )
     set_experts_implementation(model, experts_implementation)
     return model
@@ -66,15 +86,24 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def save_policy(model: Any, tokenizer: Any, path: str | Path) -> None:
-    """Write weights, config and tokenizer as Hugging Face files that vLLM loads too."""
+def save_policy(model: Any, tokenizer: Any, path: str | Path, state_dict: dict[str, Any] | None = None) -> None:
+    """Write weights, config and tokenizer as Hugging Face files that vLLM loads too.
+
+    Args:
+        model: the policy. A prediction module that hangs on it as `mtp` is left out, see `posttrain.model.mtp`.
+        tokenizer: saved beside it.
+        path: an existing directory.
+        state_dict: all weights, where the model's own are spread over ranks.
+    """
     if model.config.model_type == "deepseek_v3":
         # vLLM chooses the router's correction bias and sigmoid by these two keys, which transformers does not write.
         model.config.topk_method = "noaux_tc"
         model.config.scoring_func = "sigmoid"
         # transformers drops the multi-token-prediction layer on loading, so the checkpoint must not promise it.
         model.config.num_nextn_predict_layers = 0
-    model.save_pretrained(path)
+    weights = model.state_dict() if state_dict is None else state_dict
+    trunk = {name: tensor for name, tensor in weights.items() if not name.startswith("mtp.")}
+    model.save_pretrained(path, state_dict=trunk)
     tokenizer.save_pretrained(path)
 
 
@@ -83,7 +112,7 @@ def checkpoint_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
     The live model fuses all experts of a layer in one tensor; vLLM and Hugging Face files name them one by one.
     """
-    live = model.state_dict()
+    live = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp.")}
     if getattr(model.config, "tie_word_embeddings", False):
         for name in getattr(model, "_tied_weights_keys", None) or ():
             live.pop(name, None)

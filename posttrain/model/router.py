@@ -20,8 +20,15 @@ _ROUTER_CLASS = re.compile(r"Top[kK]Router$")
 
 
 def find_routers(model: torch.nn.Module) -> list[Any]:
-    """The router modules of a transformers MoE model, in layer order; empty for a dense model."""
-    return [module for module in model.modules() if _ROUTER_CLASS.search(type(module).__name__)]
+    """The router modules of a transformers MoE model, in layer order; empty for a dense model.
+
+    Not those of a multi-token-prediction module that hangs on the model as `mtp`: the sampler has no such layer.
+    """
+    return [
+        module
+        for name, module in model.named_modules()
+        if _ROUTER_CLASS.search(type(module).__name__) and "mtp" not in name.split(".")
+    ]
 
 
 @dataclass
@@ -36,16 +43,20 @@ class RouterTrace:
 
 
 @contextmanager
-def record_routing(routers: list[Any]) -> Iterator[RouterTrace]:
+def record_routing(routers: list[Any], *, with_gradient: bool = False) -> Iterator[RouterTrace]:
     """Record every router's decision while the block runs.
 
     A forward pass that gradient checkpointing repeats happens in the backward pass, outside the block, and so is not
     counted twice.
+
+    Args:
+        routers: see `find_routers`.
+        with_gradient: keep the logits in the graph, for a balance loss.
     """
     trace = RouterTrace()
 
     def remember(_module: Any, _inputs: Any, output: Any) -> None:
-        trace.logits.append(output[0].detach())
+        trace.logits.append(output[0] if with_gradient else output[0].detach())
         trace.chosen.append(output[2].detach())
 
     handles = [router.register_forward_hook(remember) for router in routers]
@@ -62,10 +73,40 @@ def expert_counts(trace: RouterTrace, real_N: torch.Tensor, num_experts: int) ->
     return torch.stack(rows)
 
 
-def max_violation(counts_LE: torch.Tensor) -> float:
-    """MaxVio: the worst layer's (maximum expert load / mean expert load) - 1; 0 is perfect balance."""
+def violations(counts_LE: torch.Tensor) -> torch.Tensor:
+    """MaxVio of each layer, [L]: (maximum expert load / mean expert load) - 1; 0 is perfect balance."""
     loads = counts_LE.float()
-    return float((loads.max(dim=1).values / loads.mean(dim=1).clamp(min=1e-9) - 1).max())
+    return loads.max(dim=1).values / loads.mean(dim=1).clamp(min=1e-9) - 1
+
+
+def max_violation(counts_LE: torch.Tensor) -> float:
+    """MaxVio of the worst layer."""
+    return float(violations(counts_LE).max())
+
+
+def entropy_sum(logits_NE: torch.Tensor, real_N: torch.Tensor, *, sigmoid: bool) -> torch.Tensor:
+    """Entropy of the router's distribution over experts, nats, summed over real tokens; log(E) a token is the most.
+
+    Args:
+        logits_NE: the router's.
+        real_N: False for padding.
+        sigmoid: whether affinities are sigmoids made to sum to one (DeepSeek-V3), or a softmax.
+    """
+    probabilities_NE = affinities(logits_NE[real_N].float(), sigmoid=sigmoid)
+    return -(probabilities_NE * probabilities_NE.clamp(min=1e-20).log()).sum()
+
+
+def affinities(logits_NE: torch.Tensor, *, sigmoid: bool) -> torch.Tensor:
+    """Non-negative and summing to one over experts: sigmoid / sum (DeepSeek-V3, equation 19) or softmax."""
+    if not sigmoid:
+        return logits_NE.softmax(dim=-1)
+    scores_NE = logits_NE.sigmoid()
+    return scores_NE / scores_NE.sum(dim=-1, keepdim=True)
+
+
+def has_correction_bias(routers: list[Any]) -> bool:
+    """Whether these are routers of DeepSeek-V3's kind: sigmoid affinities and a bias that only the choice sees."""
+    return bool(routers) and all(hasattr(router, "e_score_correction_bias") for router in routers)
 
 
 @torch.no_grad()

@@ -1,0 +1,237 @@
+"""TRL's SFTTrainer for MoE policies: balance, multi-token prediction, exact checkpoints, exact held-out loss.
+
+Every loss is a sum divided by a count over the whole optimizer step, all microbatches and ranks together, so the gradient
+does not depend on how the step is cut up.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTTrainer
+
+from posttrain import checkpoint
+from posttrain.model import router
+from posttrain.model.balance import RouterBalance
+from posttrain.model.mtp_objective import MtpObjective
+from posttrain.model.policy_files import PolicyFiles
+from posttrain.sft_data import IGNORED, PackedStream
+
+TOKENS = "tokens"  # among the sums: real tokens, not a loss
+
+
+class PolicyTrainer(SFTTrainer):
+    """What a policy needs beyond its cross-entropy.
+
+    Args:
+        balance: watches and balances the routers.
+        mtp: the extra prediction depth, None without.
+        checkpoints: the run's directory of checkpoints.
+        keep: how many to keep.
+        files: writes the policy.
+        stream: where the rows come from, None for a data set of known length.
+        **settings: SFTTrainer's.
+    """
+
+    def __init__(
+        self,
+        *,
+        balance: RouterBalance,
+        mtp: MtpObjective | None,
+        checkpoints: Path,
+        keep: int,
+        files: PolicyFiles,
+        stream: PackedStream | None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        self._balance = balance
+        self._mtp = mtp
+        self._checkpoints = checkpoints
+        self._keep = keep
+        self._files = files
+        self._stream = stream
+        self._num_sequences = self._num_mtp_tokens = self._num_microbatches = 1
+        self._sums: dict[str, torch.Tensor] = {}
+        self._steps = 0
+        self._since = time.perf_counter()
+        self._last: dict[str, float] = {}
+
+    # --- the loss -------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The microbatches of a step; counts what the losses are divided by."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        sequences = sum(int((_sequences(batch) + 1).amax(dim=1).sum()) for batch in batches)
+        mtp_tokens = sum(int(_mtp_targets(batch).sum()) for batch in batches)
+        counts = torch.tensor([sequences, mtp_tokens, len(batches)], device=device)
+        totals = self.accelerator.gather(counts).view(-1, 3).sum(dim=0).clamp(min=1).tolist()
+        self._num_sequences, self._num_mtp_tokens, self._num_microbatches = totals
+        self._steps += 1
+        return batches, num_items
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross-entropy by TRL; balance and multi-token prediction by us."""
+        assert not return_outputs
+        sequence_N = _row_sequences(inputs).flatten()
+        inputs = {name: value for name, value in inputs.items() if name != "row_lengths"}
+        policy = self.accelerator.unwrap_model(model)
+        states: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
+        if self._mtp is not None:
+            states = self._mtp.capture(policy)
+        routing = router.record_routing(self._balance.routers, with_gradient=self._balance.needs_gradient)
+        with routing as trace, states as hidden:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        ranks = self.accelerator.num_processes
+        if not self.model.training:
+            return loss
+        self._balance.observe(trace, sequence_N >= 0)
+        self._add(TOKENS, (sequence_N >= 0).sum().float())
+        self._add("nll", loss / ranks)
+        if self._balance.needs_gradient:
+            balance = self._balance.loss(
+                trace, sequence_N, num_sequences=self._num_sequences, num_microbatches=self._num_microbatches
+            )
+            self._add("balance_loss", balance)
+            loss = loss + balance * ranks
+        if self._mtp is not None:
+            mtp_sum = self._mtp.loss_sum(policy, hidden, inputs, sequence_N >= 0)
+            self._add("mtp_loss", mtp_sum / self._num_mtp_tokens)
+            loss = loss + mtp_sum * (self._mtp.loss_weight * ranks / self._num_mtp_tokens)
+        return loss
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        self._sums[name] = self._sums.get(name, torch.zeros_like(value.detach())) + value.detach()
+
+    # --- metrics --------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what was seen since the last line; called on every rank alike."""
+        if "loss" in logs:
+            names = sorted(self._sums)
+            totals = self.accelerator.reduce(
+                torch.stack([self._sums[name] for name in names]), reduction="sum"
+            ).tolist()
+            sums = dict(zip(names, totals, strict=True))
+            logs["throughput/tokens_per_second"] = sums.pop(TOKENS) / (time.perf_counter() - self._since)
+            logs |= {name: total / self._steps for name, total in sums.items()}
+            for balance in (self._balance, *([self._mtp.balance] if self._mtp else [])):
+                logs |= {name: metric.value for name, metric in balance.metrics().items()}
+            self._last = {**logs}
+            self._sums, self._steps, self._since = {}, 0, time.perf_counter()
+        super().log(logs, start_time)
+
+    def last_metrics(self) -> dict[str, float]:
+        """Of the last logged steps, and the best held-out loss."""
+        best = {} if self.state.best_metric is None else {"validation/best_loss": self.state.best_metric}
+        return {**{name: value for name, value in self._last.items() if name in ("loss", "nll", "mtp_loss")}, **best}
+
+    def last_counts(self) -> torch.Tensor:
+        """Tokens that each expert received in the last optimizer step, [L, E]."""
+        return self._balance.last_counts
+
+    # --- held-out loss --------------------------------------------------------------------------------------------
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Mean negative log-likelihood per trained token of the held-out rows, whatever batches they come in."""
+        paused = time.perf_counter()
+        self.model.eval()
+        sums = torch.zeros(2, device=self.args.device, dtype=torch.float64)
+        for batch in self.get_eval_dataloader():
+            batch = self._prepare_inputs(batch)
+            count = (batch["labels"][:, 1:] != IGNORED).sum()
+            with torch.no_grad(), self.compute_loss_context_manager():
+                nll = self.compute_loss(self.model_wrapped, batch, num_items_in_batch=torch.ones_like(count))
+            sums += torch.stack([nll.double() / self.accelerator.num_processes, count.double()])
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        found = {f"{metric_key_prefix}_loss": total / max(1, count), f"{metric_key_prefix}_tokens": count}
+        self._metrics["eval"].clear()
+        self.log(found)
+        self.model.train()
+        control: Any = getattr(self, "control")  # noqa: B009  # its type is not known where TRL is not followed
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, found)
+        self._since += time.perf_counter() - paused  # not the training's time
+        return found
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        better = bool(super()._determine_best_metric(metrics, trial))
+        if better:
+            self.control.should_save = True
+        return better
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def save_last(self, *, finished: bool) -> Path:
+        """The present step as a whole checkpoint; adapters are merged once the run is `finished`."""
+        step = self.state.global_step
+        path = self._checkpoints / f"step-{step}"
+        if self._files.has_adapters and finished:
+            if self.args.should_save:
+                checkpoint.save(self._checkpoints, step, self._files.write_merged, {}, keep=self._keep)
+        elif path not in checkpoint.whole(self._checkpoints):
+            self._save_checkpoint(self.model, None)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            step = self.state.global_step
+            written = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"
+            best = self.state.best_global_step
+            checkpoint.adopt(written, self._checkpoints, step, self._cursor(), keep=self._keep, best=best)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        assert output_dir is not None
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        if self.args.should_save:
+            self._files.write(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing: the policy was loaded from there before it came here.
+
+        The trainer would load fused tensors from a file of single experts, with `strict=False`: each expert would silently
+        keep the weights it started with.
+        """
+
+    def _cursor(self) -> dict[str, Any]:
+        if self._stream is None:
+            return {}
+        rows = self.state.global_step * self.rows_per_step
+        cursor = self._stream.cursor_at(rows)
+        return {"rows": rows, "cursor": {"chats": cursor.chats, "rows": cursor.rows}}
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows that an optimizer step takes, all ranks together."""
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+
+
+def _row_sequences(batch: dict[str, Any]) -> torch.Tensor:
+    """[R, W]: the sample of each token, counted through the whole batch; -1 for padding."""
+    per_row_RW = _sequences(batch)
+    counts_R = per_row_RW.amax(dim=1) + 1
+    first_R = counts_R.cumsum(0) - counts_R
+    return torch.where(per_row_RW >= 0, per_row_RW + first_R[:, None], per_row_RW)
+
+
+def _sequences(batch: dict[str, Any]) -> torch.Tensor:
+    """[R, W]: the sample of each token within its row, from position ids that restart; -1 for padding."""
+    position_ids_RW = batch["position_ids"]
+    real_RW = torch.arange(position_ids_RW.shape[1], device=position_ids_RW.device) < batch["row_lengths"][:, None]
+    sequence_RW = ((position_ids_RW == 0) & real_RW).cumsum(dim=1) - 1
+    return torch.where(real_RW, sequence_RW, -1)
+
+
+def _mtp_targets(batch: dict[str, Any]) -> torch.Tensor:
+    """[R, W]: tokens with loss that have two tokens of their sample before them."""
+    return (batch["labels"] != IGNORED) & (batch["position_ids"] >= 2)

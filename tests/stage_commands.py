@@ -1,0 +1,68 @@
+"""Stages as commands of their own, for tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+
+
+class Command:
+    """A command in a process group of its own, with a mark by which its descendants are found."""
+
+    def __init__(self, *words: str, cwd: Path = ROOT) -> None:
+        self.mark = uuid.uuid4().hex
+        environment = {**os.environ, "POSTTRAIN_TEST_MARK": self.mark}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *words],
+            cwd=cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self, timeout: float = 300) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=timeout)
+        return self.process.returncode, output
+
+    def left_behind(self, within: float = 20) -> list[str]:
+        """Descendants that still live after so many seconds."""
+        end = time.monotonic() + within
+        while True:
+            found = [" ".join(p.cmdline())[:120] for p in psutil.process_iter() if is_marked(p, self.mark)]
+            if not found or time.monotonic() > end:
+                return found
+            time.sleep(0.5)
+
+
+def is_marked(process: psutil.Process, mark: str) -> bool:
+    """Whether a process that runs was started with this mark in its environment."""
+    try:
+        return process.environ().get("POSTTRAIN_TEST_MARK") == mark and process.status() != "zombie"
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+
+
+def run(*words: str) -> tuple[int, str]:
+    return Command(*words).finish()
+
+
+def metrics(directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_step(out: Path, process: subprocess.Popen[str], timeout: float = 200) -> None:
+    end = time.monotonic() + timeout
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.3)
