@@ -7,6 +7,7 @@ does not depend on how the step is cut up.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ class PolicyTrainer(SFTTrainer):
         paused = time.perf_counter()
         self.model.eval()
         sums = torch.zeros(2, device=self.args.device, dtype=torch.float64)
-        for batch in self.get_eval_dataloader():
+        for batch in self._held_out_batches():
             batch = self._prepare_inputs(batch)
             count = (batch["labels"][:, 1:] != IGNORED).sum()
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -158,6 +159,21 @@ class PolicyTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, control, found)
         self._since += time.perf_counter() - paused  # not the training's time
         return found
+
+    def _held_out_batches(self) -> Iterator[dict[str, Any]]:
+        """This rank's share of the held-out rows; every rank gets as many batches, the last perhaps without loss.
+
+        The trainer's own loader would repeat rows to make the shares even.
+        """
+        rows, ranks = self.eval_dataset, self.accelerator.num_processes
+        mine = range(self.accelerator.process_index, len(rows), ranks)
+        size = self.args.per_device_eval_batch_size
+        for start in range(0, -(-len(rows) // ranks), size):
+            chosen = mine[start : start + size]
+            batch = self.data_collator([rows[place] for place in chosen] or [rows[0]])
+            if not chosen:
+                batch["labels"].fill_(IGNORED)
+            yield batch
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         better = bool(super()._determine_best_metric(metrics, trial))
