@@ -10,9 +10,10 @@ A chat is rendered as
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from data.rendering import render_chat
 from data.templates import load_template
 from posttrain.types import Message
 
@@ -58,32 +59,27 @@ def format_answer(worked: str | None, answer: str) -> str:
     return f"<think>{worked or ''}</think><answer>{answer}</answer>"
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[int, ...]:
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[int, ...]:
     """Token ids [T] of a chat up to where the assistant begins to write.
 
+    Args:
+        tokenizer: its chat template is used.
+        messages: the chat so far.
+        tools: JSON schemas of functions that the template may list.
+        template_kwargs: more for the template.
+
     Raises:
-        ValueError: no messages, the last message is the assistant's own, or no chat template.
+        ValueError: no messages, the last message is the assistant's own, or no chat template that can write them.
     """
     if not messages:
         raise ValueError("a prompt needs at least one message; got none")
     if messages[-1]["role"] == "assistant":
         raise ValueError("a prompt must end with a user message, but its last message is the assistant's; remove it")
-    require_template(tokenizer)
-    encoded: Any = tokenizer.apply_chat_template(
-        [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return tuple(encoded["input_ids"])
-
-
-def require_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's chat template.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "the tokenizer has no chat template; set training.chat_template to a shipped one (deepseek_v3, tiny) or to a "
-            ".jinja file"
-        )
-    return str(tokenizer.chat_template)
+    chat = render_chat(tokenizer, messages, prompt=True, tools=tools, template_kwargs=template_kwargs)
+    return tuple(tokenizer(chat.text, add_special_tokens=False)["input_ids"])

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from data.loss_mask import ChatLayout, lay_out, trained_messages
+from data.rendering import render_chat
+from posttrain.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FOLDER = Path(__file__).parent / "chat_templates"
 SHIPPED = ("deepseek_v3", "tiny")
+_COMMENT = re.compile(r"{#.*?#}", re.DOTALL)
+_SPECIAL = re.compile(r"<[|｜][^<>|｜\s'\"{}]+[|｜]>|<bos>|<eos>|</?s>")  # what looks like a special token
 
 
 def load_template(name_or_path: str) -> str:
@@ -24,85 +31,200 @@ def load_template(name_or_path: str) -> str:
     if name_or_path in SHIPPED:
         return (FOLDER / f"{name_or_path}.jinja").read_text(encoding="utf-8").rstrip("\n")
     path = Path(name_or_path).expanduser()
-    if path.suffix == ".jinja" and path.is_file():
-        return path.read_text(encoding="utf-8")
+    if path.suffix == ".jinja":
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        raise ValueError(f"there is no chat template {name_or_path!r}; the shipped ones are {', '.join(SHIPPED)}")
     near = difflib.get_close_matches(name_or_path, SHIPPED, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"the shipped ones are {', '.join(SHIPPED)}"
-    raise ValueError(f"chat template {name_or_path!r} is neither shipped nor a .jinja file that exists; {hint}")
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"chat template {name_or_path!r} is unknown; {hint}the shipped ones are {', '.join(SHIPPED)}, and a path must end "
+        f"in .jinja"
+    )
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> None:
     """Give a tokenizer a template that its vocabulary can write.
 
+    Special tokens are found by their look, in the template and in a chat that it writes: <|...|>, <｜...｜>, <bos>, <eos>,
+    <s>, </s>.
+
     Raises:
-        ValueError: no such template, or a marker in it that is not one token of the vocabulary.
+        ValueError: no such template, one that cannot write a plain chat, or a special token in it that is not a single token
+            of the vocabulary. The tokenizer is then as it was.
     """
     template = load_template(name_or_path)
-    markers = sorted(
-        set(re.findall(r"'(<[|｜][^'<>]*[|｜]>)", template)) | set(re.findall(r"<｜[^<>｜]+｜>", template))
-    )
-    broken = [marker for marker in markers if len(tokenizer.encode(marker, add_special_tokens=False)) != 1]
+    before, tokenizer.chat_template = tokenizer.chat_template, template
+    try:
+        text = render_chat(tokenizer, _probe(), prompt=True).text
+    except ValueError as error:
+        tokenizer.chat_template = before
+        raise ValueError(f"training.chat_template {name_or_path}: {error}") from error
+    broken = [
+        token
+        for token in sorted({*_SPECIAL.findall(_COMMENT.sub("", template)), *_SPECIAL.findall(text)})
+        if not _is_one_token(tokenizer, token)
+    ]
     if broken:
+        tokenizer.chat_template = before
         raise ValueError(
-            f"chat template {name_or_path!r} writes {', '.join(broken)}, which this tokenizer cuts into several tokens: it "
-            f"is the template of another model; leave training.chat_template out, or give one of this model's kind"
+            f"training.chat_template {name_or_path} writes {', '.join(broken)}, which this tokenizer does not have as a "
+            f"token: it is the template of another model; leave training.chat_template out, or give one for this model"
         )
-    tokenizer.chat_template = template
+
+
+def _is_one_token(tokenizer: Any, token: str) -> bool:
+    # A word-level tokenizer makes one token of any text, the unknown one.
+    number = tokenizer.get_vocab().get(token)
+    return number is not None and tokenizer.encode(token, add_special_tokens=False) == [number]
+
+
+# --- what a template teaches ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateReport:
-    """What a template does to a chat of two turns with reasoning; `problems` say what is wrong, each with its cure."""
+    """What a template makes of a chat of two turns with reasoning; `problems` say what is wrong, each with its cure.
 
-    stop_token: int | None  # the last trained token of a turn
-    stop_is_trained: bool  # it is one of the tokens that end a turn
-    reasoning_survives: bool  # in every turn that has loss
-    prompt_meets_answer: bool  # training begins exactly where generation would
+    Where the chat cannot be laid out at all, `stop_token` is None, the facts are False, and the problem says why.
+    """
+
+    stop_token: int | None  # the last trained token of the last turn
+    stop_is_trained: bool  # every turn that should have loss ends with a token that ends generation
+    reasoning_survives: bool  # in each of them
+    text_survives: bool  # decoding gives each of them back, blanks aside
+    prompt_meets_answer: bool  # the ids of the generation prompt are those that stand before each of them
+    straddled: bool  # a token lies across an edge of one of them
     problems: tuple[str, ...]
 
 
-_TURNS = (("What is 2+3?", "<think>2+3=5</think>5"), ("And 4+4?", "<think>4+4=8</think>8"))
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """Of one turn; see TemplateReport. `last` is its last trained token, None when it has none."""
+
+    last: int | None
+    stops: bool
+    reasoning: bool
+    text: bool
+    prompt: bool
+    straddled: bool
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase, *, loss_on: str, stop_ids: frozenset[int]) -> TemplateReport:
-    """Render a fixed chat and look at it.
+_TURNS = (("What is 2+3?", "2+3=5", "5"), ("And 4+4?", "4+4=8", "8"))  # question, reasoning, answer
+
+
+def _probe() -> list[Message]:
+    chat: list[Message] = []
+    for question, reasoning, answer in _TURNS:
+        chat.append({"role": "user", "content": question})
+        chat.append({"role": "assistant", "content": f"<think>{reasoning}</think>{answer}"})
+    return chat
+
+
+def check_template(
+    tokenizer: PreTrainedTokenizerBase, *, loss_on: str, stop_ids: frozenset[int] | None = None
+) -> TemplateReport:
+    """Write a fixed chat of two turns with reasoning, and look at what would be trained.
 
     Args:
         tokenizer: with its template.
-        loss_on: see `data.loss_mask.tokenize_chat`.
-        stop_ids: tokens that end generation, e.g. the eos_token_id of tokenizer and generation config.
-    """
-    from data.loss_mask import spans, tokenize_chat
+        loss_on: see `data.loss_mask.tokenize_chat`; "all" is looked at as "assistant", which it includes.
+        stop_ids: tokens that end generation, e.g. the eos_token_id of tokenizer and generation config; the tokenizer's if
+            None.
 
-    messages: list[dict[str, Any]] = []
-    for question, answer in _TURNS:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    chat = tokenize_chat(tokenizer, messages, loss_on=loss_on)
-    turns = spans(chat.mask)
-    trained = [tokenizer.decode(chat.ids[start:stop]) for start, stop in turns]
-    wanted = [answer for _, answer in _TURNS][-len(trained) :]
-    survives = all(answer.split("</think>")[0] in text for answer, text in zip(wanted, trained, strict=True))
-    ends = [chat.ids[stop - 1] for _, stop in turns]
-    stops = all(end in stop_ids for end in ends)
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=True)
-    meets = loss_on == "all" or tuple(prompt["input_ids"]) == chat.ids[: turns[-1][0]]
+    Raises:
+        ValueError: the tokenizer has no chat template, or `loss_on` is unknown.
+    """
+    if stop_ids is None:
+        stop_ids = frozenset() if tokenizer.eos_token_id is None else frozenset({tokenizer.eos_token_id})
+    chat = _probe()
+    loss_on = "assistant" if loss_on == "all" else loss_on
+    places = trained_messages(chat, loss_on)
+    render_chat(tokenizer, chat[:1], prompt=True)  # raises where there is no template at all
+    try:
+        layout = lay_out(tokenizer, chat, loss_on=loss_on)
+    except ValueError as error:
+        return TemplateReport(None, False, False, False, False, False, (str(error),))
+    turns = [_facts(tokenizer, chat, layout, place, stop_ids) for place in places]
+    return TemplateReport(
+        stop_token=turns[-1].last,
+        stop_is_trained=all(turn.stops for turn in turns),
+        reasoning_survives=all(turn.reasoning for turn in turns),
+        text_survives=all(turn.text for turn in turns),
+        prompt_meets_answer=all(turn.prompt for turn in turns),
+        straddled=any(turn.straddled for turn in turns),
+        problems=tuple(_problems(tokenizer, turns, stop_ids)),
+    )
+
+
+def _facts(tokenizer: Any, chat: Sequence[Message], layout: ChatLayout, place: int, stop_ids: frozenset[int]) -> _Facts:
+    pieces = [turn for turn in layout.turns if turn.message == place and turn.start < turn.stop]
+    if not pieces:
+        return _Facts(None, False, False, False, False, False)
+    decode = _squeezing(tokenizer)
+    trained = [token for piece in pieces for token in layout.ids[piece.start : piece.stop]]
+    start, stop = pieces[0].start, pieces[-1].stop
+    # The end-of-turn token is not part of the text; `decode` keeps special tokens.
+    body = len(trained) - (not tokenizer.decode(trained[-1:], skip_special_tokens=True))
+    written, context = decode(trained[:body]), decode(layout.ids[: stop - len(trained) + body])
+    _, reasoning, _ = _TURNS[place // 2]
+    prompt = tokenizer(render_chat(tokenizer, chat[:place], prompt=True).text, add_special_tokens=False)["input_ids"]
+    content = _squeeze(chat[place]["content"])
+    return _Facts(
+        last=trained[-1],
+        stops=trained[-1] in stop_ids,
+        reasoning=decode(tokenizer.encode(reasoning, add_special_tokens=False)) in written,
+        # The generation prompt may hold the opening <think>; nothing but the message may have loss.
+        text=content.endswith(written) and context.endswith(content),
+        prompt=tuple(prompt) == layout.ids[:start],
+        straddled=any(piece.straddled for piece in pieces),
+    )
+
+
+def _squeeze(text: str) -> str:
+    """Without blanks: a template may lay a message out afresh."""
+    return "".join(text.split())
+
+
+def _squeezing(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    return lambda ids: _squeeze(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def _problems(tokenizer: Any, turns: Sequence[_Facts], stop_ids: frozenset[int]) -> list[str]:
+    found = [turn for turn in turns if turn.last is not None]
     problems = []
-    if not stops:
-        expected = ", ".join(tokenizer.convert_ids_to_tokens(sorted(stop_ids)))
+    if len(found) < len(turns):
         problems.append(
-            f"a turn ends with {tokenizer.convert_ids_to_tokens([ends[-1]])[0]!r} and not with a token that ends generation "
-            f"({expected}): the model would never learn to stop; put the end-of-turn token inside the template's "
-            f"generation block, or give training.chat_template"
+            f"only {len(found)} of {len(turns)} turns of the assistant have loss: the others would not be learned; put "
+            f"{{% generation %}} around what the assistant writes in each turn, or give training.chat_template"
         )
-    if not survives:
+    if wrong := [turn for turn in found if not turn.stops]:
+        expected = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(stop_ids)))) or "none is known"
+        problems.append(
+            f"a turn ends with {tokenizer.convert_ids_to_tokens(wrong[0].last)!r} and not with a token that ends generation "
+            f"({expected}): the model would never learn to stop; put the end-of-turn token inside the template's generation "
+            f"block, give training.chat_template, or mend the tokenizer's eos_token"
+        )
+    if not all(turn.reasoning for turn in found):
         problems.append(
             "the template cuts out the reasoning between <think> and </think>: the model would learn not to think; set "
-            "training.chat_template to deepseek_v3, or to a .jinja file that keeps it"
+            "training.chat_template to one that keeps it (deepseek_v3 for DeepSeek's tokenizers, or a .jinja file)"
         )
-    if not meets:
+    elif not all(turn.text for turn in found):
+        problems.append(
+            "what has loss is not the assistant's text when it is decoded: the template puts a header or other words of its "
+            "own into it, or the vocabulary lacks characters; look at the rows, and put {% generation %} around the content "
+            "and the end-of-turn token alone"
+        )
+    if any(turn.straddled for turn in found):
+        problems.append(
+            "a token lies across the edge of what the assistant wrote, so its characters there are not trained, or others "
+            "are: end the template's generation prompt, and each turn, with a special token or a line break"
+        )
+    elif not all(turn.prompt for turn in found):
         problems.append(
             "the generation prompt is not what stands before the trained text: the model would be sampled after another "
             "prefix than it was trained after; make the template's add_generation_prompt part end where the generation "
             "block begins"
         )
-    return TemplateReport(ends[-1], stops, survives, meets, tuple(problems))
+    return problems

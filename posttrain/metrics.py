@@ -120,6 +120,4 @@ def _tracker(name: str, run_dir: Path) -> _Tracker:
         run = tracker.init(project="posttrain", name=run_dir.name, **place)
         return _Tracker(lambda step, values: run.log(values, step=step), run.finish)
     except ModuleNotFoundError as error:
-        raise RunStopped(
-            f"report_to: {name} needs the package {error.name}; install it or leave {name} out"
-        ) from error
+        raise RunStopped(f"report_to: {name} needs the package {error.name}; install it or leave {name} out") from error

@@ -23,6 +23,7 @@ from posttrain.recipe import (
     RouterSection,
     SamplerSection,
     SftRecipe,
+    UpcycleRecipe,
 )
 from posttrain.recipe_file import stage_recipe
 
@@ -48,6 +49,11 @@ def describe(recipe: Recipe) -> str:
     elif isinstance(recipe, EvalRecipe):
         lines += [*_model(recipe.model), _sampler(recipe.sampler), *_eval(recipe.eval)]
         lines += _memory(recipe.model, recipe.sampler, trains=False, beta=0.0)
+    elif isinstance(recipe, UpcycleRecipe):
+        lines += [
+            f"source      {recipe.source}",
+            f"mixture     {recipe.num_experts} experts, {recipe.top_k} of them for a token",
+        ]
     elif isinstance(recipe, PipelineRecipe):
         lines += _pipeline(recipe)
     return "\n".join(lines)

@@ -45,6 +45,7 @@ from posttrain.sft_recipe import (
     TrainingSection,
     ValidationSection,
 )
+from posttrain.upcycle_recipe import UpcycleRecipe
 
 __all__ = [
     "RECIPES",
@@ -76,6 +77,7 @@ __all__ = [
     "SftRouterSection",
     "StageSection",
     "TrainingSection",
+    "UpcycleRecipe",
     "ValidationSection",
     "require_checkpoint",
 ]
@@ -119,5 +121,5 @@ class PipelineRecipe(Recipe):
 
 
 RECIPES: Mapping[str, type[Recipe]] = types.MappingProxyType(
-    {"sft": SftRecipe, "grpo": GrpoRecipe, "eval": EvalRecipe, "pipeline": PipelineRecipe}
+    {"sft": SftRecipe, "grpo": GrpoRecipe, "eval": EvalRecipe, "upcycle": UpcycleRecipe, "pipeline": PipelineRecipe}
 )

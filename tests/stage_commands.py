@@ -66,3 +66,37 @@ def wait_for_step(out: Path, process: subprocess.Popen[str], timeout: float = 20
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
         time.sleep(0.3)
+
+
+def vllm_logprobs(checkpoint: Path, sequences: list[list[int]], max_model_len: int = 128) -> list[list[float]]:
+    """What a vLLM engine in a process of its own says of given tokens: the logprob of each but the first."""
+    code = """
+import json, os, sys
+from posttrain.sampler import Sampler, engine_environment
+os.environ.update(engine_environment(2, 1))
+path, length, sequences = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+sampler = Sampler(
+    path, dtype="float32", max_model_len=length, max_num_seqs=8, gpu_memory_utilization=0.5, trust_remote_code=False, seed=0
+)
+print(json.dumps([logprobs for logprobs, _ in sampler.prompt_logprobs(sequences)]))
+"""
+    words = [sys.executable, "-c", code, str(checkpoint), str(max_model_len), json.dumps(sequences)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found: list[list[float]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def transformers_logprobs(checkpoint: Path, sequences: list[list[int]]) -> list[list[float]]:
+    """The same by plain transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    found = []
+    for sequence in sequences:
+        ids_T = torch.tensor(sequence)
+        with torch.no_grad():
+            logprobs_TV = torch.log_softmax(model(ids_T[None], use_cache=False).logits[0], dim=-1)
+        found.append(logprobs_TV[:-1].gather(1, ids_T[1:, None])[:, 0].tolist())
+    return found

@@ -125,9 +125,9 @@ def test_errors_say_the_cure() -> None:
     broken.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert broken.decode(render_prompt(broken, [USER])) == "4-1="
     broken.chat_template = None
-    for call in (render_prompt, tokenize_chat):
+    for call, messages in ((render_prompt, [USER]), (tokenize_chat, [USER, ASSISTANT])):
         with pytest.raises(ValueError, match=r"no chat template; set training\.chat_template"):
-            call(broken, [USER])
+            call(broken, messages)
     with pytest.raises(ValueError, match="last message is the assistant's; remove it"):
         render_prompt(build_tokenizer(), [USER, ASSISTANT])
     with pytest.raises(ValueError, match="at least one message"):

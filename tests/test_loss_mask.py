@@ -1,72 +1,59 @@
-"""What has loss, with marked and unmarked templates; the shipped templates; the check of a template."""
+"""What has loss: with and without markers, over several tokenizers, at the edges of tokens."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_tokenizers import (
+    CHATML_TOKENS,
+    DEEPSEEK_TOKENS,
+    LIKE_QWEN3,
+    LIKE_R1,
+    MARKED_CHATML,
+    assistant,
+    byte_tokenizer,
+    character_tokenizer,
+    system,
+    tool,
+    user,
+    without_markers,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.chat import build_tokenizer, render_prompt
-from data.loss_mask import spans, tokenize_chat
-from data.templates import check_template, load_template, set_chat_template
+from data.chat import build_tokenizer
+from data.loss_mask import lay_out, spans, tokenize_chat
+from data.templates import load_template
 
-DEEPSEEK_TOKENS = [
-    "<｜begin▁of▁sentence｜>",
-    "<｜end▁of▁sentence｜>",
-    "<｜User｜>",
-    "<｜Assistant｜>",
-    *(f"<｜tool▁{part}▁{edge}｜>" for part in ("calls", "call", "outputs", "output") for edge in ("begin", "end")),
-    "<｜tool▁sep｜>",
-]
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-# As Qwen3's and DeepSeek-R1's: the reasoning of every turn but the last is cut out.
-FORGETFUL = (
-    "{% for m in messages %}{% set text = m['content'] if loop.last else m['content'].split('</think>')[-1] %}"
-    "{{ '<|im_start|>' + m['role'] + '\\n' + text + '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-SYSTEM = {"role": "system", "content": "Be brief."}
-ASK, SAY = {"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "<think>2+3=5</think>5"}
-MORE, LAST = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "<think>1+1=2</think>2"}
-
-
-def character_tokenizer(special: list[str], template: str) -> Any:
-    """One token per character and per special token, any Unicode character known as <unk>."""
-    from tokenizers import AddedToken
-
-    tokenizer = build_tokenizer()
-    tokenizer.add_special_tokens({"extra_special_tokens": [AddedToken(token, special=True) for token in special]})
-    tokenizer.chat_template = template
-    return tokenizer
+CHATML = without_markers(MARKED_CHATML)
+SYSTEM = system("Be brief.")
+ASK, SAY = user("2+3?"), assistant("<think>2+3=5</think>5")
+MORE, LAST = user("1+1?"), assistant("<think>1+1=2</think>2")
 
 
 @pytest.fixture(scope="module")
 def chatml() -> Any:
-    tokenizer = character_tokenizer(["<|im_start|>", "<|im_end|>"], CHATML)
-    tokenizer.eos_token = "<|im_end|>"
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def deepseek() -> Any:
-    tokenizer = character_tokenizer(DEEPSEEK_TOKENS, load_template("deepseek_v3"))
-    tokenizer.bos_token, tokenizer.eos_token = DEEPSEEK_TOKENS[:2]
-    return tokenizer
+    return character_tokenizer(CHATML_TOKENS, CHATML, "<|im_end|>")
 
 
 def trained(tokenizer: Any, messages: list[Any], **options: Any) -> list[str]:
+    """The text of each stretch with loss; checks that the ids are those of `apply_chat_template`."""
     chat = tokenize_chat(tokenizer, messages, **options)
     assert len(chat.ids) == len(chat.mask)
     encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
     assert tuple(encoded["input_ids"]) == chat.ids
     return [tokenizer.decode(chat.ids[start:stop]) for start, stop in spans(chat.mask)]
+
+
+def tokens(tokenizer: Any, messages: list[Any], **options: Any) -> list[tuple[str, bool]]:
+    chat = tokenize_chat(tokenizer, messages, **options)
+    return list(zip(tokenizer.convert_ids_to_tokens(list(chat.ids)), chat.mask, strict=True))
+
+
+def marked(words: str) -> list[tuple[str, bool]]:
+    """A hand-worked mask: a word that begins with ^ has loss."""
+    return [(word.removeprefix("^"), word.startswith("^")) for word in words.split()]
 
 
 def test_spans_by_hand() -> None:
@@ -75,185 +62,316 @@ def test_spans_by_hand() -> None:
     assert spans([True]) == [(0, 1)]
 
 
-# --- without markers --------------------------------------------------------------------------------------------------
+# --- by hand ----------------------------------------------------------------------------------------------------------
+
+TINY = {
+    "assistant": "<bos> <|user|> 4 <|assistant|> ^7 ^<eos> <|user|> 5 <|assistant|> ^<think> ^</think> ^8 ^<eos>",
+    "last_assistant": "<bos> <|user|> 4 <|assistant|> 7 <eos> <|user|> 5 <|assistant|> ^<think> ^</think> ^8 ^<eos>",
+    "all": "^<bos> ^<|user|> ^4 ^<|assistant|> ^7 ^<eos> ^<|user|> ^5 ^<|assistant|> ^<think> ^</think> ^8 ^<eos>",
+}
+TINY["completion"] = TINY["last_assistant"]
 
 
-def test_every_turn_of_an_unmarked_template_by_hand(chatml: Any) -> None:
+@pytest.mark.parametrize("loss_on", TINY)
+@pytest.mark.parametrize("with_markers", [True, False])
+def test_tokens_of_the_tiny_template(loss_on: str, with_markers: bool) -> None:
+    tokenizer: Any = build_tokenizer()
+    if not with_markers:
+        tokenizer.chat_template = without_markers(load_template("tiny"))
+    chat = [user("4"), assistant("7"), user("5"), assistant("<think></think>8")]
+    assert tokens(tokenizer, chat, loss_on=loss_on) == marked(TINY[loss_on])
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED_CHATML])
+def test_tokens_of_chatml(template: str) -> None:
     """The end-of-turn token has loss, the line break that ChatML writes after it has not."""
-    wanted = [text["content"] + "<|im_end|>" for text in (SAY, LAST)]
-    assert trained(chatml, [SYSTEM, ASK, SAY, MORE, LAST]) == wanted
-    assert trained(chatml, [ASK, SAY, MORE, LAST], loss_on="last_assistant") == wanted[1:]
-    assert trained(chatml, [ASK, SAY, MORE, LAST], loss_on="completion") == wanted[1:]
-    (whole,) = trained(chatml, [ASK, SAY], loss_on="all")
-    assert whole.startswith("<|im_start|>user")
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused_or_trained_on_its_last(chatml: Any) -> None:
-    tokenizer = character_tokenizer(["<|im_start|>", "<|im_end|>"], FORGETFUL)
-    with pytest.raises(ValueError, match=r"message 1 otherwise when more follows.*loss_on: last_assistant"):
-        tokenize_chat(tokenizer, [ASK, SAY, MORE, LAST])
-    assert trained(tokenizer, [ASK, SAY, MORE, LAST], loss_on="last_assistant") == [LAST["content"] + "<|im_end|>"]
-
-
-texts = st.text(alphabet="ab<>1 \n", min_size=1, max_size=8)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    turns=st.lists(st.tuples(texts, texts), min_size=1, max_size=3),
-    loss_on=st.sampled_from(["assistant", "last_assistant", "completion"]),
-)
-def test_a_template_with_and_without_markers_gives_the_same_mask(turns: list[tuple[str, str]], loss_on: str) -> None:
-    marked, plain = build_tokenizer(), build_tokenizer()
-    plain.chat_template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", str(marked.chat_template))
-    messages = [
-        {"role": role, "content": text}
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-    assert tokenize_chat(marked, messages, loss_on=loss_on) == tokenize_chat(plain, messages, loss_on=loss_on)
-
-
-def test_a_slow_tokenizer_needs_markers(chatml: Any) -> None:
-    class Slow:
-        is_fast = False
-        chat_template = CHATML
-
-    with pytest.raises(ValueError, match="use a fast tokenizer"):
-        tokenize_chat(Slow(), [ASK, SAY])  # type: ignore[arg-type]
-
-
-# --- DeepSeek's template ----------------------------------------------------------------------------------------------
-
-
-def test_deepseek_keeps_the_reasoning_of_every_turn_and_trains_no_role_token(deepseek: Any) -> None:
-    assert trained(deepseek, [SYSTEM, ASK, SAY, MORE, LAST]) == [
-        text["content"] + "<｜end▁of▁sentence｜>" for text in (SAY, LAST)
-    ]
-    whole = deepseek.decode(tokenize_chat(deepseek, [SYSTEM, ASK, SAY]).ids)
-    assert whole == (
-        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>2+3?<｜Assistant｜><think>2+3=5</think>5<｜end▁of▁sentence｜>"
+    tokenizer = byte_tokenizer(CHATML_TOKENS, template, "<|im_end|>")
+    assert tokens(tokenizer, [user("a"), assistant("hi hi")]) == marked(
+        "<|im_start|> u s e r Ċ a <|im_end|> Ċ <|im_start|> a s s i s t a n t Ċ ^hi ^Ġhi ^<|im_end|> Ċ"
     )
 
 
-def test_deepseek_prompts_are_upstreams(deepseek: Any) -> None:
-    """TRL ships upstream's template; its newest form also opens the reasoning, which here the model writes itself."""
-    import trl
-
-    upstream = (Path(trl.__file__).parent / "chat_templates" / "deepseekv3.jinja").read_text()
-    for messages in ([ASK], [SYSTEM, ASK], [SYSTEM, {"role": "system", "content": "Think."}, ASK]):
-        theirs = deepseek.apply_chat_template(
-            messages, chat_template=upstream, tokenize=False, add_generation_prompt=True
-        )
-        ours = deepseek.decode(render_prompt(deepseek, messages))
-        assert theirs.removesuffix("<think>\n") == ours
+def test_line_breaks_that_the_assistant_wrote_have_loss(chatml: Any) -> None:
+    assert trained(chatml, [user("a"), assistant("b\n\n")]) == ["b\n\n<|im_end|>"]
+    plain = byte_tokenizer((), "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}", "Ċ")
+    assert trained(plain, [user("a"), assistant("b\n\n")]) == ["assistant: b\n\n"]  # no header in its prompt
 
 
-def test_deepseek_tool_calls_have_loss_and_their_results_have_not(deepseek: Any) -> None:
-    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
-    messages = [ASK, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "5"}, LAST]
-    first, second = trained(deepseek, messages)
-    assert first == (
-        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n"
-        '{"a": 2}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>'
-    )
-    assert second == LAST["content"] + "<｜end▁of▁sentence｜>"
-    whole = deepseek.decode(tokenize_chat(deepseek, messages).ids)
-    assert "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>5<｜tool▁output▁end｜><｜tool▁outputs▁end｜><think>" in whole
-    # What the assistant is asked to go on from is what it was trained after.
-    prompt = render_prompt(deepseek, messages[:-1])
-    assert tokenize_chat(deepseek, messages).ids[: len(prompt)] == prompt
-
-
-def test_options_of_a_chat_reach_the_template(deepseek: Any) -> None:
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = "{{ mood }}{% for tool in tools or [] %}{{ tool['name'] }}{% endfor %}" + str(
-        tokenizer.chat_template
-    )
-    chat = tokenize_chat(tokenizer, [ASK, SAY], tools=[{"name": "add"}], template_kwargs={"mood": "calm"})
-    assert tokenizer.decode(chat.ids).startswith("calmadd<bos>")
-
-
-# --- choosing and checking a template ---------------------------------------------------------------------------------
-
-
-def test_shipped_templates_are_found_and_others_are_refused(tmp_path: Path) -> None:
-    own = tmp_path / "mine.jinja"
-    own.write_text("{{ messages }}")
-    assert load_template(str(own)) == "{{ messages }}"
-    with pytest.raises(ValueError, match="did you mean 'deepseek_v3'"):
-        load_template("deepseek-v3")
-    with pytest.raises(ValueError, match="the shipped ones are deepseek_v3, tiny"):
-        load_template("nowhere.jinja")
-
-
-def test_a_template_of_another_vocabulary_is_refused(deepseek: Any) -> None:
-    with pytest.raises(ValueError, match="several tokens"):
-        set_chat_template(build_tokenizer(), "deepseek_v3")
-    with pytest.raises(ValueError, match=r"<\|assistant\|>|<\|user\|>"):
-        set_chat_template(_without_roles(), "tiny")
-    set_chat_template(deepseek, "deepseek_v3")
-
-
-def _without_roles() -> Any:
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-
-
-def report(tokenizer: Any, loss_on: str = "assistant") -> Any:
-    return check_template(tokenizer, loss_on=loss_on, stop_ids=frozenset({tokenizer.eos_token_id}))
-
-
-def test_good_templates_have_no_problems(chatml: Any, deepseek: Any) -> None:
-    for tokenizer in (build_tokenizer(), chatml, deepseek):
-        for loss_on in ("assistant", "last_assistant", "completion"):
-            found = report(tokenizer, loss_on)
-            assert found.problems == () and found.stop_is_trained and found.reasoning_survives
-            assert found.stop_token == tokenizer.eos_token_id
+RUN = [SYSTEM, ASK, assistant("a"), tool("t"), assistant("b"), assistant("c")]
 
 
 @pytest.mark.parametrize(
-    ("body", "prompt", "words"),
-    [
-        (
-            "{% generation %}{{ m['content'] }}{% endgeneration %}{{ eos_token }}",
-            "<|assistant|>",
-            "never learn to stop",
-        ),
-        (
-            "{% generation %}{{ m['content'].split('</think>')[-1] }}{{ eos_token }}{% endgeneration %}",
-            "<|assistant|>",
-            "learn not to think",
-        ),
-        (
-            "{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}",
-            "<|assistant|><think>",
-            "sampled after",
-        ),
-    ],
+    ("loss_on", "wanted"),
+    [("assistant", ["a", "b", "c"]), ("last_assistant", ["c"]), ("completion", ["b", "c"])],
 )
-def test_what_a_template_spoils_is_named(body: str, prompt: str, words: str) -> None:
-    tokenizer = build_tokenizer()
+@pytest.mark.parametrize("template", [CHATML, MARKED_CHATML])
+def test_completion_is_all_that_follows_somebody_elses_last_message(
+    chatml: Any, template: str, loss_on: str, wanted: list[str]
+) -> None:
+    tokenizer = character_tokenizer(CHATML_TOKENS, template, "<|im_end|>")
+    assert trained(tokenizer, RUN, loss_on=loss_on) == [f"{text}<|im_end|>" for text in wanted]
+
+
+def test_a_chat_may_end_with_the_user_and_begin_with_the_assistant(chatml: Any) -> None:
+    for template in (CHATML, MARKED_CHATML):
+        chatml.chat_template = template
+        assert trained(chatml, [SAY, ASK]) == [SAY["content"] + "<|im_end|>"]
+        assert trained(chatml, [ASK, SAY, MORE], loss_on="last_assistant") == [SAY["content"] + "<|im_end|>"]
+    chatml.chat_template = CHATML
+
+
+# --- templates that rewrite what they have written --------------------------------------------------------------------
+
+
+def test_a_template_that_cuts_earlier_reasoning_is_refused_or_trained_on_its_last_turn() -> None:
+    tokenizer = character_tokenizer(CHATML_TOKENS, LIKE_QWEN3, "<|im_end|>")
+    with pytest.raises(
+        ValueError, match=r"message 1 otherwise when more follows.*loss_on: last_assistant, or training\."
+    ):
+        tokenize_chat(tokenizer, [ASK, SAY, MORE, LAST])
+    for loss_on in ("last_assistant", "completion"):
+        (text,) = trained(tokenizer, [ASK, SAY, MORE, LAST], loss_on=loss_on)
+        assert text == "<think>\n1+1=2\n</think>\n\n2<|im_end|>"
+    # After the last question it cuts nothing: calls of tools are fine.
+    first, second = trained(tokenizer, [ASK, SAY, tool("5"), LAST])
+    assert first.startswith("<think>\n2+3=5") and second.startswith("<think>\n1+1=2")
+
+
+def test_a_last_turn_that_is_rewritten_has_one_cure_only() -> None:
+    tokenizer = character_tokenizer(CHATML_TOKENS, LIKE_QWEN3, "<|im_end|>")
+    with pytest.raises(ValueError, match="message 1 otherwise when more follows") as error:
+        tokenize_chat(tokenizer, [ASK, SAY, MORE], loss_on="last_assistant")
+    assert "training.chat_template" in str(error.value) and "loss_on: last" not in str(error.value)
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last_assistant", "completion"])
+def test_a_template_that_cuts_all_reasoning_is_refused(loss_on: str) -> None:
+    tokenizer = character_tokenizer(DEEPSEEK_TOKENS, LIKE_R1, "<｜end▁of▁sentence｜>")
+    with pytest.raises(ValueError, match="generation prompt is not the beginning.*training.chat_template.*deepseek_v3"):
+        tokenize_chat(tokenizer, [ASK, SAY], loss_on=loss_on)
+
+
+# --- properties over random chats -------------------------------------------------------------------------------------
+
+texts = st.text(alphabet="ahi<> \né中\U0001f600", min_size=0, max_size=6)
+chats = st.lists(st.tuples(st.sampled_from(["user", "assistant", "tool"]), texts), min_size=0, max_size=5)
+
+
+def _tokenizers() -> list[Any]:
+    tiny: Any = build_tokenizer()
+    chatml = ("<|im_end|>", CHATML_TOKENS, MARKED_CHATML)
+    deepseek = ("<｜end▁of▁sentence｜>", DEEPSEEK_TOKENS, load_template("deepseek_v3"))
+    made = [tiny]
+    for eos, special, template in (chatml, deepseek):
+        made.append(character_tokenizer(special, template, eos))
+        made += [byte_tokenizer(special, template, eos, trim_offsets=trim) for trim in (False, True)]
+    return made
+
+
+TOKENIZERS = _tokenizers()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    first=st.one_of(st.none(), texts),
+    turns=chats,
+    last=texts,
+    loss_on=st.sampled_from(["assistant", "last_assistant", "completion", "all"]),
+)
+def test_markers_and_prefixes_give_the_same_mask(
+    first: str | None, turns: list[tuple[str, str]], last: str, loss_on: str
+) -> None:
+    messages = [] if first is None else [system(first)]
+    messages += [user("a"), *({"role": role, "content": text} for role, text in turns), assistant(last)]
+    for tokenizer in TOKENIZERS:
+        template = tokenizer.chat_template
+        with_markers = tokenize_chat(tokenizer, messages, loss_on=loss_on)
+        encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+        tokenizer.chat_template = without_markers(template)
+        try:
+            assert tokenize_chat(tokenizer, messages, loss_on=loss_on) == with_markers
+        finally:
+            tokenizer.chat_template = template
+        assert tuple(encoded["input_ids"]) == with_markers.ids
+        if loss_on == "assistant":
+            said = [message["content"] for message in messages if message["role"] == "assistant"]
+            words = tokenizer.decode([with_markers.ids[place] for place, flag in enumerate(with_markers.mask) if flag])
+            if tokenizer.unk_token_id not in with_markers.ids and not straddles(tokenizer, messages):
+                assert words == "".join(text + tokenizer.eos_token for text in said)
+
+
+def straddles(tokenizer: Any, messages: list[Any]) -> bool:
+    """ChatML's header ends with a line break, which may be one token with another that the answer begins with."""
+    return any(turn.straddled for turn in lay_out(tokenizer, messages, loss_on="assistant").turns)
+
+
+@settings(max_examples=60, deadline=None)
+@given(turns=st.lists(st.tuples(texts, texts), min_size=1, max_size=3))
+def test_transformers_agrees_where_offsets_are_whole(turns: list[tuple[str, str]]) -> None:
+    """Its own assistant mask, on tokenizers whose offsets leave nothing out."""
+    messages = [message for question, answer in turns for message in (user(question), assistant(answer))]
+    for tokenizer in (TOKENIZERS[0], TOKENIZERS[2], TOKENIZERS[5]):
+        encoded = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        if not straddles(tokenizer, messages):
+            assert tokenize_chat(tokenizer, messages).mask == tuple(map(bool, encoded["assistant_masks"]))
+
+
+# --- edges of tokens --------------------------------------------------------------------------------------------------
+
+# No special token between prompt and answer: a blank before the answer and its first letters are one token.
+COLON = (
+    "{% for m in messages %}{{ ('B: ' if m['role'] == 'assistant' else 'A: ') + m['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'B: ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_a_token_across_the_beginning_has_no_loss(trim_offsets: bool) -> None:
+    """trim_offsets hides the blank: by its offsets, "Ġhi" begins where the answer begins."""
+    tokenizer = byte_tokenizer((), COLON, "Ċ", trim_offsets=trim_offsets)
+    straddling = [user("a"), assistant("hihi")]
+    assert tokens(tokenizer, straddling) == marked("A : Ġ a Ċ B : Ġhi ^hi ^Ċ")
+    assert [turn.straddled for turn in lay_out(tokenizer, straddling, loss_on="assistant").turns] == [True]
+    for text, wanted in (("a", "Ġ ^a ^Ċ"), (" a", "ĠĠ ^a ^Ċ"), ("  a", "ĠĠ ^Ġ ^a ^Ċ"), (" hi", "Ġ ^Ġhi ^Ċ")):
+        assert tokens(tokenizer, [user("a"), assistant(text)]) == marked(f"A : Ġ a Ċ B : {wanted}"), text
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_a_token_across_the_end_has_loss(trim_offsets: bool) -> None:
+    """It begins inside; the line break of the turn and the one that the next message begins with are one token."""
+    tokenizer = byte_tokenizer((), COLON.replace("'A: '", "''"), "Ċ", trim_offsets=trim_offsets)
+    chat = [user("a"), assistant("b"), user("\na")]
+    assert tokens(tokenizer, chat) == marked("a Ċ B : Ġ ^b ^ĊĊ a Ċ")
+    (turn,) = lay_out(tokenizer, chat, loss_on="assistant").turns
+    assert turn.straddled
+    (turn,) = lay_out(tokenizer, [user("a"), assistant("b"), user("a")], loss_on="assistant").turns
+    assert not turn.straddled
+
+
+@pytest.mark.parametrize("template", [MARKED_CHATML, CHATML])
+def test_blanks_that_offsets_leave_out_are_found(template: str) -> None:
+    tokenizer = byte_tokenizer(CHATML_TOKENS, template, "<|im_end|>", trim_offsets=True)
+    assert trained(tokenizer, [user(" hi "), assistant(" hi "), user("a"), assistant("  a ")]) == [
+        " hi <|im_end|>",
+        "  a <|im_end|>",
+    ]
+
+
+def test_words_between_which_blanks_belong_to_no_token() -> None:
+    """A tokenizer that drops blanks: the first word of the answer is not taken for one that holds the blank before it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ("?", "Q", "A", ":", "three", "four", "end")
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", eos_token="end")
     tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}" + body + "{% else %}"
-        "{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}" + prompt + "{% endif %}"
+        "{% for m in messages %}{{ 'Q : ' + m['content'] + ' ' if m['role'] == 'user' else 'A : ' + m['content'] + ' end ' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'A : ' }}{% endif %}"
     )
-    (problem,) = report(tokenizer).problems
-    assert words in problem
+    chat = [user("three"), assistant("four"), user("four"), assistant("three")]
+    assert tokens(tokenizer, chat) == marked("Q : three A : ^four ^end Q : four A : ^three ^end")
+    assert not any(turn.straddled for turn in lay_out(tokenizer, chat, loss_on="assistant").turns)
+
+
+# --- markers ----------------------------------------------------------------------------------------------------------
+
+TWO_BLOCKS = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}{% else %}<|assistant|>"
+    "{% if m['reason'] %}{% generation %}{{ m['reason'] }}{% endgeneration %},{% endif %}"
+    "{% generation %}{{ m['content'] + '<eos>' }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+def test_a_turn_of_several_blocks() -> None:
+    tokenizer: Any = build_tokenizer()
+    tokenizer.chat_template = TWO_BLOCKS
+    chat = [ASK, assistant("a", reason="b"), MORE, assistant("c", reason="d")]
+    assert trained(tokenizer, chat) == ["b", "a<eos>", "d", "c<eos>"]
+    assert trained(tokenizer, chat, loss_on="last_assistant") == ["d", "c<eos>"]
+    assert [turn.message for turn in lay_out(tokenizer, chat, loss_on="assistant").turns] == [1, 1, 3, 3]
+    # As many blocks as turns, but not one each: still told apart.
+    assert trained(tokenizer, [*chat[:3], assistant("c")], loss_on="completion") == ["c<eos>"]
+
+
+def test_a_turn_without_a_block() -> None:
+    tokenizer: Any = build_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if loop.last and m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    for loss_on in ("assistant", "last_assistant", "completion"):
+        assert trained(tokenizer, [ASK, SAY, MORE, LAST], loss_on=loss_on) == [LAST["content"]]
+    assert trained(tokenizer, [ASK, SAY, MORE]) == trained(tokenizer, [ASK, SAY, MORE], loss_on="last_assistant") == []
+    assert [turn.message for turn in lay_out(tokenizer, [ASK, SAY, MORE, LAST], loss_on="assistant").turns] == [3]
+
+
+def test_blocks_that_cannot_be_told_apart_are_refused() -> None:
+    tokenizer: Any = build_tokenizer()
+    block = "{% generation %}{{ m['content'] }}{% endgeneration %}"
+    tokenizer.chat_template = (
+        "{% if messages | length < 4 %}{% for m in messages %}" + block + "{% endfor %}{% endif %}"
+    )
+    with pytest.raises(ValueError, match="fewer generation blocks when more of the chat follows"):
+        tokenize_chat(tokenizer, [ASK, SAY, MORE, LAST], loss_on="last_assistant")
+
+
+# --- what reaches the template ----------------------------------------------------------------------------------------
+
+
+def test_tools_and_options_of_a_chat_reach_the_template() -> None:
+    tokenizer: Any = build_tokenizer()
+    for template in (load_template("tiny"), without_markers(load_template("tiny"))):
+        tokenizer.chat_template = "{{ mood }}{% for tool in tools or [] %}{{ tool['name'] }}{% endfor %}" + template
+        options: dict[str, Any] = {"tools": ({"name": "add"},), "template_kwargs": {"mood": "calm"}}
+        for loss_on in ("assistant", "all"):
+            chat = tokenize_chat(tokenizer, [ASK, SAY], loss_on=loss_on, **options)
+            assert tokenizer.decode(chat.ids).startswith('calmadd<bos><|system|>{"name": "add"}<|user|>')
+            assert tokenizer.decode(chat.ids).endswith(SAY["content"] + "<eos>")
+
+
+def test_a_template_of_its_own_for_tools_is_used() -> None:
+    tokenizer: Any = build_tokenizer()
+    tiny = load_template("tiny")
+    tokenizer.chat_template = {"default": tiny, "tool_use": "x" + without_markers(tiny)}
+    plain, tools = tokenize_chat(tokenizer, [ASK, SAY]), tokenize_chat(tokenizer, [ASK, SAY], tools=[{"name": "add"}])
+    assert tokenizer.decode(plain.ids).startswith("<bos>")
+    assert tokenizer.decode(tools.ids).startswith("x<bos><|system|>")
+    assert [tokenizer.decode(tools.ids[start:stop]) for start, stop in spans(tools.mask)] == [SAY["content"] + "<eos>"]
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_slow_tokenizer_has_no_mask() -> None:
+    from transformers import ByT5Tokenizer
+
+    tokenizer: Any = ByT5Tokenizer()
+    for template in (CHATML, MARKED_CHATML):
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match="ByT5Tokenizer does not say where a token begins.*use a fast tokenizer"):
+            tokenize_chat(tokenizer, [ASK, SAY])
+    assert all(tokenize_chat(tokenizer, [ASK, SAY], loss_on="all").mask)
 
 
 def test_errors_say_the_cure() -> None:
-    tokenizer = build_tokenizer()
-    with pytest.raises(ValueError, match="choose one of assistant, last_assistant, completion, all"):
+    tokenizer: Any = build_tokenizer()
+    with pytest.raises(ValueError, match="'answers'; choose one of assistant, last_assistant, completion, all"):
         tokenize_chat(tokenizer, [ASK, SAY], loss_on="answers")
     with pytest.raises(ValueError, match="no assistant message"):
         tokenize_chat(tokenizer, [ASK])
     with pytest.raises(ValueError, match="ends with the assistant's message"):
         tokenize_chat(tokenizer, [ASK, SAY, MORE], loss_on="completion")
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match=r"training\.chat_template"):
+    with pytest.raises(ValueError, match="cannot write this chat: unknown role critic; use system, user, assistant"):
+        tokenize_chat(tokenizer, [ASK, SAY, {"role": "critic", "content": "no"}])
+    with pytest.raises(ValueError, match="cannot write this chat: .*str"):
+        tokenize_chat(tokenizer, [{"role": "user", "content": None}, SAY])
+    tokenizer.chat_template = "{% for m in messages %}"
+    with pytest.raises(ValueError, match="cannot write this chat: Unexpected end of template"):
         tokenize_chat(tokenizer, [ASK, SAY])
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"no chat template; set training\.chat_template"):
+        tokenize_chat(tokenizer, [ASK, SAY], loss_on="all")

@@ -88,7 +88,7 @@ MALFORMED_OVERRIDES = [
     ("max_steps=", "max_steps", "write one after ="),
     ("optimizer={learning_rate: 1, learning_rate: 2}", "learning_rate", "quote it"),
     ("max_steps=2024-01-01", "max_steps", "valid integer"),
-    ("stage=[grpo]", "stage", "allowed: sft, grpo, eval, pipeline"),
+    ("stage=[grpo]", "stage", "allowed: sft, grpo, eval, upcycle, pipeline"),
     ("stage=grop", "stage", "did you mean 'grpo'"),
     ("nonsense", "nonsense", "written key.path=value"),
     ("seed.inner=1", "seed", "valid integer"),
@@ -108,7 +108,7 @@ MALFORMED_FILES = [
     ("extends: recipe.yaml\n", "circle"),
     ("stage: grpo\nmax_steps: 1\nmax_steps: 2\n", "at line 3, column 1: the key 'max_steps' is there twice"),
     ("stage: grpo\n1: 2\n", "keys should be strings"),
-    ("run_name: x\nstage: null\n", "allowed: sft, grpo, eval, pipeline"),
+    ("run_name: x\nstage: null\n", "allowed: sft, grpo, eval, upcycle, pipeline"),
     ("extends: 3\n", "not a path"),
 ]
 
@@ -328,7 +328,8 @@ def test_every_key_is_explained_where_its_section_is() -> None:
         section = elsewhere.get(parents[-1], parents[-1]) if parents else None
         found = [text for title, text in chapters.items() if section and f"`{section}`" in title.partition("(")[0]]
         # keys of no section, and small sections, share chapters; a section itself may have one of its own
-        shared = [chapters["All stages"], chapters["The rest"], *(f"`{title}" for title in chapters)]
+        top = next(text for title, text in chapters.items() if title.startswith("Upcycling"))
+        shared = [chapters["All stages"], chapters["The rest"], top, *(f"`{title}" for title in chapters)]
         return any(f"`{key}`" in text for text in found or [*shared, *chapters])
 
     missing = sorted({path for recipe in RECIPES.values() for path in _key_paths(recipe) if not explained(path)})

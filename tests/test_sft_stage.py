@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from stage_commands import ROOT, Command, metrics, run, wait_for_step
+from stage_commands import ROOT, Command, metrics, run, transformers_logprobs, vllm_logprobs, wait_for_step
 
 SFT = """
 stage: sft
@@ -170,6 +170,11 @@ def test_adapters_are_trained_merged_and_resumed(recipe: Path, policy_path: Path
     code, output = run(*words, f"output_dir={halves}", "--resume")
     assert code == 0, output
     assert_same_to_the_bit(weights(halves), merged)
+    latest = whole / "checkpoints" / "latest"
+    sequences = [[1, 4, *range(11, 40), 5, 20, 21], [1, 4, 30, 12, 5, 17]]
+    expected = transformers_logprobs(latest, sequences)
+    for found, wanted in zip(vllm_logprobs(latest, sequences), expected, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-4)
 
 
 def test_preflight_alone_trains_nothing(recipe: Path, tmp_path: Path) -> None:
