@@ -117,12 +117,14 @@ class LoraSection(Section):
     r: PositiveInt = 16
     alpha: Positive = 32
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-    targets: Annotated[tuple[LoraTarget, ...], Field(min_length=1)] = ("attention", "routed_experts", "shared_experts")
+    targets: Annotated[tuple[LoraTarget, ...] | None, Field(min_length=1)] = (
+        None  # all that the model has but the router
+    )
     quantization: Literal["nf4"] | None = None  # QLoRA; needs bitsandbytes and a GPU
 
     @model_validator(mode="after")
     def _experts_have_no_dropout(self) -> LoraSection:
-        if self.dropout and "routed_experts" in self.targets:
+        if self.dropout and "routed_experts" in (self.targets or ()):
             raise ValueError(
                 f"dropout={self.dropout:g}: adapters of routed experts (3-D tensors) cannot have dropout; set dropout: 0 "
                 f"or leave routed_experts out of targets"
@@ -171,7 +173,7 @@ class SftRecipe(Recipe):
                 "lora and mtp: a prediction module is trained with the whole policy, not beside adapters; remove one (a "
                 "module of the checkpoint is carried along in any case)"
             )
-        if self.router.freeze and self.lora is not None and "router" in self.lora.targets:
+        if self.router.freeze and self.lora is not None and "router" in (self.lora.targets or ()):
             raise ValueError("router.freeze: true contradicts lora.targets with router; remove one")
         return self
 

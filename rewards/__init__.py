@@ -7,7 +7,8 @@ A reward is a function
 named in a recipe as `rewards.task_answer:score` (a module) or `my_rewards/short.py:score` (a file). `completion` is the
 decoded text without special tokens, `answer` the reference, `metadata` what the record carries (task, level, ...) plus
 `finish_reason` ("stop", "length", "abort") and `completion_length` (tokens), plus the recipe's `kwargs`, which win. A
-reward says 0..1 by convention; anything finite is allowed.
+reward says 0..1 by convention; anything finite is allowed. `@batched` and `@grouped` mark functions that score many
+completions at once (see `rewards.forms`).
 
 Shipped: task_answer, math_answer, exact, format. `python -m rewards.check my_file.py:score` tries a function out.
 From the project this package imports `posttrain.types`, and `data.tasks` for the scorers of generated tasks.
@@ -15,6 +16,18 @@ From the project this package imports `posttrain.types`, and `data.tasks` for th
 
 from __future__ import annotations
 
+from rewards.forms import batched, form_of, grouped
 from rewards.scoring import Reward, RewardError, RewardFunction, combine, resolve, score_completion, score_group
 
-__all__ = ["Reward", "RewardError", "RewardFunction", "combine", "resolve", "score_completion", "score_group"]
+__all__ = [
+    "Reward",
+    "RewardError",
+    "RewardFunction",
+    "batched",
+    "combine",
+    "form_of",
+    "grouped",
+    "resolve",
+    "score_completion",
+    "score_group",
+]

@@ -87,7 +87,7 @@ def group_of(name: str) -> str:
     return next((group for group, pattern in _GROUPS if re.search(pattern, name)), "other")
 
 
-def apply_lora(model: Any, *, r: int, alpha: float, dropout: float, targets: Sequence[str]) -> PeftModel:
+def apply_lora(model: Any, *, r: int, alpha: float, dropout: float, targets: Sequence[str] | None) -> PeftModel:
     """Put adapters on a policy; everything else is frozen.
 
     Args:
@@ -95,13 +95,15 @@ def apply_lora(model: Any, *, r: int, alpha: float, dropout: float, targets: Seq
         r: rank.
         alpha: the adapters' product counts alpha / r.
         dropout: of the adapters' input; 0 where weights of experts are adapted.
-        targets: groups, see `find_targets`.
+        targets: groups, see `find_targets`; None stands for all that the model has but the router.
 
     Raises:
         ValueError: a group that this model does not have, dropout where there can be none, quantized experts, or something
             adapted or trained that was not asked for.
     """
     found = find_targets(model)
+    if targets is None:
+        targets = [name for name, group in found.items() if group and name != "router"]
     empty = [name for name in targets if not found[name]]
     if empty:
         there = ", ".join(name for name, group in found.items() if group)
