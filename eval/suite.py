@@ -9,10 +9,13 @@ from typing import Any
 
 from data.prompts import to_prompts
 from eval.statistics import Estimate, estimate
+from posttrain.errors import RunStopped
 from posttrain.recipe import EvalSection
 from posttrain.records import evaluation_records
+from posttrain.reward_setup import build_limits, build_reward
 from posttrain.types import Completion, Prompt, SamplingParams
-from rewards import RewardFunction, score_completion
+from rewards import to_item
+from rewards.warden import Warden
 
 Generate = Callable[[Sequence[Prompt], SamplingParams], list[list[Completion]]]
 
@@ -52,20 +55,19 @@ def evaluate(section: EvalSection, prompts: Sequence[Prompt], generate: Generate
         prompts: the problems.
         generate: draws completions, e.g. `SamplerPool.generate`.
     """
-    reward = section.reward
-    grader = RewardFunction(reward.label, reward.func, reward.weight, dict(reward.kwargs))
     sampled = generate(
         prompts, SamplingParams(section.max_completion_length, section.temperature, num_generations=section.num_samples)
     )
     greedy = generate(prompts, SamplingParams(section.max_completion_length, 0.0)) if section.greedy else None
-    scores = _grade(grader, prompts, sampled)
+    grader = build_reward(section.reward)
+    with Warden(grader, build_limits(section.reward, grader.form)) as warden:
+        scores = _grade(warden, prompts, sampled)
+        greedy_scores = None if greedy is None else _grade(warden, prompts, greedy)
     kinds: dict[str, list[list[float]]] = {}
     for prompt, scores_N in zip(prompts, scores, strict=True):
         kinds.setdefault(_kind(prompt), []).append(scores_N)
     rows = _rows(prompts, sampled, scores, "sampled")
-    greedy_scores = None
-    if greedy is not None:
-        greedy_scores = _grade(grader, prompts, greedy)
+    if greedy is not None and greedy_scores is not None:
         rows += _rows(prompts, greedy, greedy_scores, "greedy")
     completions = [completion for group in sampled for completion in group]
     return EvalResult(
@@ -83,13 +85,20 @@ def _kind(prompt: Prompt) -> str:
     return f"{task}/{level}" if level is not None else str(task)
 
 
-def _grade(
-    grader: RewardFunction, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]
-) -> list[list[float]]:
-    return [
-        [score_completion([grader], prompt, completion)[0].score for completion in group]
-        for prompt, group in zip(prompts, groups, strict=True)
+def _grade(warden: Warden, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]) -> list[list[float]]:
+    """[P][N] scores.
+
+    Raises:
+        RunStopped: the grader could not judge a completion, so the figures would say nothing.
+    """
+    items = [
+        [to_item(prompt, completion) for completion in group] for prompt, group in zip(prompts, groups, strict=True)
     ]
+    report = warden.score(items)
+    if report.counts["infrastructure"]:
+        raise RunStopped(f"the evaluation's grader could not judge every completion: {report.complaint}")
+    flat = iter(report.results)
+    return [[next(flat).score for _ in group] for group in groups]
 
 
 def _rows(

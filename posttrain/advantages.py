@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 _TOLERANCE = 1e-8  # rewards closer than this count as equal
@@ -30,6 +30,7 @@ def group_relative(
     """
     if scale not in ("group", "none"):
         raise ValueError(f"scale={scale!r} is unknown; choose group or none")
+    _require_finite(rewards)
     if not has_signal(rewards):
         return (0.0,) * len(rewards)
     mean = math.fsum(rewards) / len(rewards)
@@ -38,6 +39,25 @@ def group_relative(
         return tuple(centred)
     deviation = math.sqrt(math.fsum(c * c for c in centred) / (len(rewards) - 1))
     return tuple(c / (deviation + epsilon) for c in centred)
+
+
+def among_judged(
+    advantage: Callable[[Sequence[float]], tuple[float, ...]], rewards: Sequence[float], unjudged: Collection[int]
+) -> tuple[float, ...]:
+    """Advantages within a group of which some completions could not be judged: as if those had not been sampled.
+
+    Args:
+        advantage: of a group's rewards.
+        rewards: [G]; those at `unjudged` mean nothing.
+        unjudged: places, which get 0.
+
+    Returns:
+        [G].
+    """
+    kept = [index for index in range(len(rewards)) if index not in unjudged]
+    found = advantage([rewards[index] for index in kept]) if kept else ()
+    by_place = dict(zip(kept, found, strict=True))
+    return tuple(by_place.get(index, 0.0) for index in range(len(rewards)))
 
 
 def leave_one_out(rewards: Sequence[float]) -> tuple[float, ...]:
@@ -60,11 +80,13 @@ def leave_one_out(rewards: Sequence[float]) -> tuple[float, ...]:
 
 
 def has_signal(rewards: Sequence[float]) -> bool:
-    """Whether the rewards of a group differ, so that its advantages are not all 0.
+    """Whether the rewards of a group differ, so that its advantages are not all 0. Fewer than two have no signal.
 
     Raises:
-        ValueError: rewards are empty or not finite.
+        ValueError: a reward is not finite.
     """
+    if len(rewards) < 2:
+        return False
     _require_finite(rewards)
     return max(rewards) - min(rewards) > _TOLERANCE
 

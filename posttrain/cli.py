@@ -24,7 +24,7 @@ from posttrain.errors import RunStopped
 from posttrain.plan import describe
 from posttrain.recipe import DatasetSection, PipelineRecipe, Recipe, RecipeError, RewardSection
 from posttrain.recipe_file import check_files, load_recipe, module_of, nearest, stage_recipe
-from rewards import RewardFunction
+from posttrain.reward_setup import build_reward
 
 # Options beyond --dry-run that a stage takes; each becomes a keyword of its `run`.
 STAGE_OPTIONS = {
@@ -246,7 +246,7 @@ def check_rewards(recipe: Recipe, source: str | Path) -> None:
         sections.append(("eval.reward", evaluation.reward))
     for key, section in sections:
         try:
-            RewardFunction(section.label, section.func, section.weight, dict(section.kwargs))
+            build_reward(section)
         except ValueError as error:
             raise RecipeError(f"{source}: {key}.func: {error}") from error
         except Exception as error:  # a user's file may fail in any way when it is imported

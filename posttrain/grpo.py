@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from posttrain import advantages, grpo_job, rollout
 from posttrain.cli import run_stage
@@ -47,7 +48,11 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
     """The loop, from the step the job stands at to the last."""
     recipe = job.recipe
     rollouts = rollout.stream(
-        job.prompts.take, job.samplers, job.rewards, num_prompts=recipe.rollout.num_prompts, params=job.sampling
+        job.prompts.take,
+        job.samplers.generate,
+        job.rewards.score,
+        num_prompts=recipe.rollout.num_prompts,
+        params=job.sampling,
     )
     while job.step < recipe.max_steps and not stop:
         start = time.perf_counter()
@@ -73,7 +78,8 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
 
 def group_advantages(batch: Rollout, algorithm: AlgorithmSection) -> list[tuple[float, ...]]:
     """[P][G], each completion's advantage within its group."""
-    return [tuple(advantages.group_relative(group.rewards, scale=algorithm.scale_rewards)) for group in batch.groups]
+    relative = partial(advantages.group_relative, scale=algorithm.scale_rewards)
+    return [advantages.among_judged(relative, group.rewards, group.unjudged) for group in batch.groups]
 
 
 def score(
@@ -83,11 +89,12 @@ def score(
     pairs = list(zip(batch.groups, batch_advantages, strict=True))
     if job.recipe.algorithm.drop_zero_signal_groups:
         # When no group has signal all are scored, so that parity is still measured.
-        pairs = [pair for pair in pairs if advantages.has_signal(pair[0].rewards)] or pairs
+        pairs = [pair for pair in pairs if advantages.has_signal(pair[0].judged_rewards)] or pairs
     samples = [
         Sample(group.prompt.token_ids, completion.token_ids, completion.logprobs, advantage, completion.experts_TLK)
         for group, advantages_G in pairs
-        for completion, advantage in zip(group.completions, advantages_G, strict=True)
+        for index, (completion, advantage) in enumerate(zip(group.completions, advantages_G, strict=True))
+        if index not in group.unjudged
     ]
     scores = job.learner.score(samples, near_tie_margin=job.recipe.parity.near_tie_margin)
     scored = [

@@ -23,10 +23,10 @@ from posttrain.records import load_records
 from posttrain.rollout import Rollout
 from posttrain.run_dir import RunDir
 from posttrain.types import SamplingParams
-from rewards import RewardFunction
 
 if TYPE_CHECKING:
     from posttrain.cluster import LearnerGroup, SamplerPool
+    from posttrain.reward_pool import RewardPool
     from posttrain.weights import Publisher, Receipt
 
 
@@ -39,7 +39,7 @@ class GrpoJob:
     log: MetricsLog
     tokenizer: Any
     prompts: PromptStream
-    rewards: tuple[RewardFunction, ...]
+    rewards: RewardPool
     learner: LearnerGroup
     samplers: SamplerPool
     publisher: Publisher
@@ -91,6 +91,8 @@ class GrpoJob:
         self.log.log(self.step, metrics)
         self.run_dir.write_samples(self.step, batch.groups, advantages)
         self.last_metrics = metrics
+        for complaint in batch.complaints:
+            progress.note(complaint)
         progress.update(self.step, metrics)
         save_steps = self.recipe.checkpoint.save_steps
         # The first step is always saved: a full disk or a missing permission shows before hours are spent.
@@ -149,6 +151,7 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
     """
     from posttrain.cluster import LearnerGroup, SamplerPool, session
     from posttrain.model.load import load_tokenizer
+    from posttrain.reward_pool import RewardPool
     from posttrain.weights import Publisher, canary_sequences
 
     run_dir = RunDir(recipe.run_dir)
@@ -162,9 +165,12 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
     assert path is not None
     tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
     prompts = PromptStream(load_records(recipe.datasets, "train", recipe.seed), tokenizer, recipe.seed)
-    functions = tuple(RewardFunction(r.label, r.func, r.weight, dict(r.kwargs)) for r in recipe.rewards)
-    num_cpus = (
-        recipe.learner.num_workers * recipe.learner.num_cpus + recipe.sampler.num_workers * recipe.sampler.num_cpus
+    num_cpus = sum(
+        [
+            recipe.learner.num_workers * recipe.learner.num_cpus,
+            recipe.sampler.num_workers * recipe.sampler.num_cpus,
+            *(reward.num_workers * reward.num_cpus for reward in recipe.rewards),
+        ]
     )
     with session(recipe.ray_address, num_cpus):
         samplers = SamplerPool(model, recipe.sampler, recipe.seed, skip_version=recipe.faults.skip_publication)
@@ -179,6 +185,7 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
             total_steps=recipe.max_steps * recipe.algorithm.num_minibatches * recipe.algorithm.num_iterations,
             seed=recipe.seed,
         )
+        rewards = RewardPool(recipe.rewards)
         learner.wait_until_ready()
         samplers.wait_until_ready()
         canary = canary_sequences(
@@ -195,10 +202,11 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
         publisher.publish(step)
         try:
             yield GrpoJob(
-                recipe, run_dir, log, tokenizer, prompts, functions, learner, samplers, publisher, step, saved_step=step
+                recipe, run_dir, log, tokenizer, prompts, rewards, learner, samplers, publisher, step, saved_step=step
             )
         finally:
             log.close()
+            rewards.stop()
 
 
 def _resume_from(run_dir: RunDir) -> Path:

@@ -72,6 +72,10 @@ class Progress:
             self._last_line = now
             print(f"{self._stage} {step}/{self._total}  {shown}{self._time_left(step, now)}", flush=True)
 
+    def note(self, text: str) -> None:
+        """Say something beside the bar."""
+        self._console.print(text, style="yellow", markup=False, highlight=False)
+
     def _time_left(self, step: int, now: float) -> str:
         assert self._first is not None
         done = step - self._first[0]

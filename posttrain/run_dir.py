@@ -69,6 +69,7 @@ class RunDir:
                 "answer": group.prompt.answer,
                 "reward": group.rewards[index],
                 **{f"reward/{name}": scores[index] for name, scores in group.components.items()},
+                **{f"status/{name}": statuses[index] for name, statuses in group.statuses.items()},
                 "advantage": advantages_G[index],
                 "policy_version": completion.policy_version,
                 "finish_reason": completion.finish_reason,

@@ -177,12 +177,28 @@ class DatasetSection(Section):
 
 
 class RewardSection(Section):
-    """One reward function: `module:function` or `path/to/file.py:function`."""
+    """One reward function, and what it may do. It runs in processes of its own."""
 
-    func: str
+    func: str  # module:function, path/to/file.py:function, or a name that a package publishes
     name: str | None = None  # metric name; default: the module's or the file's
     weight: Number = 1.0
     kwargs: Mapping[str, Any] = Field(default_factory=dict)
+    clip: tuple[Number, Number] | None = None  # of the score, before the weight
+    requires: Mapping[str, Number] = Field(
+        default_factory=dict
+    )  # other reward -> score it must reach for this to count
+    timeout_seconds: Positive | None = None  # of one call; None: 10, async 120, batched and grouped 300
+    on_timeout: Number = 0.0  # score of a completion for which judging took too long
+    on_crash: Number = 0.0  # score of a completion that brought the judge down
+    retries: NonNegativeInt = 2  # after a failure that says nothing of the completion
+    max_failed_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.5  # of a step's completions; beyond it the run stops
+    max_memory_gib: Positive | None = 4.0  # of one process, beyond its imports; None is no limit
+    max_processes: PositiveInt = 32
+    max_concurrency: PositiveInt = 32  # async: calls at a time in one process
+    batch_size: PositiveInt = 64  # batched: completions in a call
+    num_workers: PositiveInt = 1  # Ray actors
+    num_cpus: NonNegative = 0  # what Ray reserves for one
+    num_gpus: NonNegative = 0
 
     @property
     def label(self) -> str:

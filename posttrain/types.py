@@ -82,7 +82,14 @@ class Group:
     prompt: Prompt
     completions: tuple[Completion, ...]  # [G]
     rewards: tuple[float, ...]  # [G], the combined reward
-    components: Mapping[str, tuple[float, ...]]  # reward name -> [G], before weights
+    components: Mapping[str, tuple[float, ...]]  # reward name -> [G], before clips and weights
+    statuses: Mapping[str, tuple[RewardStatus, ...]] = field(default_factory=dict)  # reward name -> [G]
+    unjudged: frozenset[int] = frozenset()  # completions that a reward could not judge: they are not trained on
+
+    @property
+    def judged_rewards(self) -> tuple[float, ...]:
+        """The rewards that mean something, in their order."""
+        return tuple(reward for index, reward in enumerate(self.rewards) if index not in self.unjudged)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,17 @@ From the project this package imports `posttrain.types`, and `data.tasks` for th
 
 from __future__ import annotations
 
+from rewards.errors import RewardError, Unavailable
 from rewards.forms import batched, form_of, grouped
-from rewards.scoring import Reward, RewardError, RewardFunction, combine, resolve, score_completion, score_group
+from rewards.resolve import resolve
+from rewards.scoring import Item, Reward, RewardFunction, combine, score_completion, score_group, to_group, to_item
 
 __all__ = [
+    "Item",
     "Reward",
     "RewardError",
     "RewardFunction",
+    "Unavailable",
     "batched",
     "combine",
     "form_of",
@@ -30,4 +34,6 @@ __all__ = [
     "resolve",
     "score_completion",
     "score_group",
+    "to_group",
+    "to_item",
 ]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.advantages import group_relative, has_signal, leave_one_out
+from posttrain.advantages import among_judged, group_relative, has_signal, leave_one_out
 
 rewards_lists = st.lists(st.floats(-10, 10), min_size=2, max_size=16)
 
@@ -68,11 +68,19 @@ def test_errors_name_the_fault() -> None:
     with pytest.raises(ValueError, match="reward 1 of the group is nan"):
         group_relative([0.0, math.nan])
     with pytest.raises(ValueError, match="without rewards"):
-        has_signal([])
+        group_relative([])
     with pytest.raises(ValueError, match="raise num_generations"):
         leave_one_out([1.0])
     with pytest.raises(ValueError, match="choose group or none"):
         group_relative([0.0, 1.0], scale="batch")  # type: ignore[arg-type]
+
+
+def test_what_could_not_be_judged_changes_nothing_for_the_others() -> None:
+    assert among_judged(group_relative, [9.0, 0.0, 1.0, -7.0], {0, 3}) == (0.0, *group_relative([0.0, 1.0]), 0.0)
+    assert among_judged(group_relative, [0.0, 1.0], ()) == group_relative([0.0, 1.0])
+    assert among_judged(group_relative, [0.0, 1.0], {1}) == (0.0, 0.0)
+    assert among_judged(group_relative, [0.0, 1.0], {0, 1}) == (0.0, 0.0)
+    assert not has_signal([])
 
 
 @pytest.mark.parametrize("scale", ["group", "none"])

@@ -79,7 +79,9 @@ def tails(names: set[str], layer: int) -> set[str]:
         (llama, None, {f"{n}.weight" for n in QKVO} | {f"{name}_proj.weight" for name in ("gate", "up", "down")}),
     ],
 )
-def test_what_was_asked_for_is_adapted_and_nothing_else(make: Any, targets: list[str] | None, expected: set[str]) -> None:
+def test_what_was_asked_for_is_adapted_and_nothing_else(
+    make: Any, targets: list[str] | None, expected: set[str]
+) -> None:
     model = lora.apply_lora(make(), r=4, alpha=8, dropout=0.0, targets=targets)
     ranks = lora.adapter_ranks(model)
     assert tails(set(ranks), layer=1) == expected

@@ -361,7 +361,7 @@ MALFORMED_SFT = [
     ("validation={fraction: 0.1, early_stopping_threshold: 0.1}", "without early_stopping_patience"),
     ("lora={targets: []}", "at least 1 item"),
     ("lora={targets: [all-linear]}", "'attention', 'routed_experts'"),
-    ("lora={dropout: 0.1}", "cannot have dropout"),
+    ("lora={dropout: 0.1, targets: [routed_experts]}", "cannot have dropout"),
     ("lora={r: 0}", "greater than or equal to 1"),
     ("lora={targets: [router]}|router.freeze=true", "contradicts"),
     ("lora={}|mtp={}", "remove one"),

@@ -13,7 +13,7 @@ import pytest
 from data.chat import format_answer
 from data.sources import task_records
 from posttrain.types import Completion, Prompt, RewardResult
-from rewards import RewardError, RewardFunction, combine, resolve, score_group
+from rewards import Item, RewardError, RewardFunction, combine, resolve, score_group
 from rewards.check import METADATA, battery, check
 from rewards.check import main as check_main
 from rewards.extract import final_answer, last_boxed, split_answer
@@ -245,12 +245,66 @@ def test_resolve_errors(spec: str, message: str) -> None:
         "def f(completion, answer): return 0",
         "def f(completion, **metadata): return 0",
         "def f(*, completion, answer, **metadata): return 0",
-        "async def f(completion, answer, **metadata): return 0",
+        "async def f(completion, **metadata): return 0",
+        "from rewards import grouped\n@grouped\ndef f(completions, answer): return [0]",
+        "from rewards import batched\n@batched\ndef f(completions, answers): return [0]",
+        "from rewards import batched\n@batched\ndef f(completions, answers, metadata, unit): return [0]",
+        "from rewards import batched\n@batched\nasync def f(completions, answers, metadata): return [0]",
+        "def f(completion, answer, **metadata): yield 0",
     ],
 )
-def test_resolve_refuses_signatures_that_cannot_take_the_call(tmp_path: Path, source: str) -> None:
-    with pytest.raises(ValueError, match=r"\(completion, answer, \*\*metadata\)"):
+def test_resolve_refuses_what_cannot_take_the_call(tmp_path: Path, source: str) -> None:
+    cures = r"\(completions?, answers?, (\*\*)?metadata\)|needs a default|cannot be async|it yields; return a number"
+    with pytest.raises(ValueError, match=cures):
         resolve(write(tmp_path, source) + ":f")
+
+
+def test_a_package_publishes_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs.py").write_text("def score(completion, answer, **metadata): return 0.25\n")
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[posttrain.rewards]\nquarter = theirs:score\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert RewardFunction("r", "quarter")("text", None, {}).score == 0.25
+    with pytest.raises(ValueError, match="no installed package|that an installed package publishes.*'quarter'"):
+        resolve("quater")
+
+
+FORMS = """
+from rewards import batched, grouped
+
+async def later(completion, answer, unit=1, **metadata):
+    return len(completion) / unit
+
+@batched
+def together(completions, answers, metadata, unit=1):
+    assert len(completions) == len(answers) == len(metadata)
+    return [len(text) / unit for text in completions]
+
+@grouped
+def among(completions, answer, *, completion_length, unit=1, **metadata):
+    assert completion_length == [len(text) for text in completions]
+    return [len(text) / unit for text in completions]
+
+@batched
+def short(completions, answers, metadata):
+    return [0.0]
+"""
+
+
+@pytest.mark.parametrize("form", ["later", "together", "among"])
+def test_every_form_scores_alike(tmp_path: Path, form: str) -> None:
+    reward = RewardFunction("r", write(tmp_path, FORMS) + f":{form}", kwargs={"unit": 10})
+    prompt = Prompt("p", ({"role": "user", "content": "?"},), (1, 2))
+    group = score_group([reward], prompt, [completion(text) for text in ("abc", "", "abcdef")])
+    assert group.rewards == pytest.approx((0.3, 0.0, 0.6))
+
+
+def test_a_batch_of_another_length_is_refused(tmp_path: Path) -> None:
+    reward = RewardFunction("r", write(tmp_path, FORMS) + ":short")
+    with pytest.raises(ValueError, match="returned 1 results for 2 completions; it must return a list with one"):
+        reward.score([Item("a", None, {}), Item("b", None, {})])
 
 
 def test_a_nearby_file_is_suggested_and_a_broken_file_shows_itself(tmp_path: Path) -> None:
@@ -290,7 +344,8 @@ def test_score_group_by_hand(tmp_path: Path) -> None:
         tmp_path,
         "from posttrain.types import RewardResult\n"
         "def length(completion, answer, unit=1, *, finish_reason, completion_length, **metadata):\n"
-        "    assert (finish_reason, metadata) == ('stop', {'task': 'chain_sum'})\n"
+        "    assert finish_reason == 'stop' and metadata['task'] == 'chain_sum'\n"
+        "    assert metadata['messages'][0]['content'] == '1+1='\n"
         "    assert completion_length == len(completion)\n"
         "    return RewardResult(len(completion) / unit, detail='long')\n",
     )
@@ -315,6 +370,23 @@ def test_combine_checks_names_and_lengths() -> None:
         combine([], [])
     with pytest.raises(ValueError, match="zip"):
         combine([one], [[RewardResult(1.0), RewardResult(1.0)]])
+    lonely = RewardFunction("b", "rewards.exact:score", requires={"format": 1.0})
+    with pytest.raises(ValueError, match=r"'b' requires 'format', which is no other reward; the others are \['a'\]"):
+        combine([one, lonely], [])
+    with pytest.raises(ValueError, match="clip must be"):
+        RewardFunction("c", "rewards.exact:score", clip=(1.0, 0.0))
+
+
+def test_gates_and_clips_by_hand() -> None:
+    functions = [
+        RewardFunction("format", "rewards.format:score", weight=0.5),
+        RewardFunction("accuracy", "rewards.exact:score", weight=2.0, requires={"format": 0.8}),
+        RewardFunction("length", "rewards.exact:score", weight=-1.0, clip=(0.0, 0.3)),
+    ]
+    rows = [[RewardResult(score) for score in row] for row in ((1.0, 1.0, 0.2), (0.5, 1.0, 0.9), (0.8, 0.5, -4.0))]
+    totals, components = combine(functions, rows)
+    assert totals == pytest.approx((0.5 + 2.0 - 0.2, 0.25 - 0.3, 0.4 + 1.0))
+    assert components == {"format": (1.0, 0.5, 0.8), "accuracy": (1.0, 1.0, 0.5), "length": (0.2, 0.9, -4.0)}
 
 
 @pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "None", "'1'", "1j", "RewardResult(float('nan'))"])
@@ -341,17 +413,21 @@ def test_exceptions_carry_the_name_and_the_cause(tmp_path: Path) -> None:
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
 
 
-def test_status_infrastructure_stops_the_group_and_timeout_does_not(tmp_path: Path) -> None:
+def test_what_could_not_be_judged_is_set_apart(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         "from posttrain.types import RewardResult\n"
         "def f(completion, answer, **metadata): return RewardResult(0.0, completion, 'server away')\n",
     )
     prompt = Prompt("p7", ({"role": "user", "content": "?"},), (1,))
-    functions = [RewardFunction("judge", f"{path}:f")]
-    assert score_group(functions, prompt, [completion("timeout")]).rewards == (0.0,)
-    with pytest.raises(RewardError, match="'judge' could not judge prompt p7: server away"):
-        score_group(functions, prompt, [completion("ok"), completion("infrastructure")])
+    judge, watcher = RewardFunction("judge", f"{path}:f"), RewardFunction("watcher", f"{path}:f", weight=0.0)
+    texts = [completion(text) for text in ("ok", "infrastructure", "timeout")]
+    group = score_group([judge], prompt, texts)
+    assert group.unjudged == {1}
+    assert group.statuses == {"judge": ("ok", "infrastructure", "timeout")}
+    assert group.judged_rewards == (0.0, 0.0)
+    exact = RewardFunction("exact", "rewards.exact:score")
+    assert score_group([exact, watcher], prompt, texts).unjudged == frozenset()  # what does not count does not matter
 
 
 def test_reserved_metadata_names_are_refused() -> None:

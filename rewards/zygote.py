@@ -1,0 +1,155 @@
+"""The process that worker processes are forked from, with the reward's module already imported: a new one takes milliseconds.
+
+It runs no reward itself and has one thread, so forking is safe. Processes that a reward leaves behind become its children
+(it is a subreaper), wherever they hid, and are killed.
+
+Over its control socket it gets one byte at a time: `f` fork (with the worker's end of a socket), `k` kill the worker and all
+its descendants, `s` sweep. It answers each with a JSON line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import pickle
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from rewards.resolve import resolve_once
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+MAX_HANDS = 10.0  # seconds to get rid of a tree of processes
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a worker may use."""
+
+    timeout_seconds: float  # of one call
+    memory_bytes: int | None  # beyond what the process has when it is forked; None is no limit
+
+
+def main(number: int) -> None:
+    """Serve on the inherited socket `number` until its other end closes."""
+    control = socket.socket(fileno=number)
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the program that started us
+    try:
+        function, bounds = pickle.loads(_receive(control))
+        resolve_once(function.function)  # imports what workers will share
+    except BaseException as error:
+        _reply(control, {"error": "".join(traceback.format_exception_only(error)).strip()})
+        return
+    _reply(control, {"ready": True})
+    worker = 0
+    while True:
+        command, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        if command == b"f":
+            worker = _fork(control, descriptors[0], function, bounds)
+            _reply(control, {"pid": worker})
+        elif command == b"k":
+            _kill_tree(worker)
+            _reply(control, {"strays": _sweep(0)})
+            worker = 0
+        elif command == b"s":
+            _reply(control, {"strays": _sweep(worker)})
+        else:  # closed
+            _kill_tree(worker)
+            _sweep(0)
+            return
+
+
+def _receive(control: socket.socket) -> bytes:
+    size = int.from_bytes(control.recv(8, socket.MSG_WAITALL), "big")
+    return control.recv(size, socket.MSG_WAITALL)
+
+
+def _reply(control: socket.socket, answer: dict[str, Any]) -> None:
+    control.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _fork(control: socket.socket, descriptor: int, function: Any, bounds: Bounds) -> int:
+    pid = os.fork()
+    if pid:
+        os.close(descriptor)
+        return pid
+    code = 1
+    try:
+        from rewards.worker import serve
+
+        control.close()
+        os.setsid()
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if bounds.memory_bytes is not None:
+            with open("/proc/self/statm", encoding="ascii") as file:
+                size = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+            resource.setrlimit(resource.RLIMIT_AS, (size + bounds.memory_bytes,) * 2)
+        serve(Connection(descriptor), function, bounds.timeout_seconds)
+        code = 0
+    finally:
+        os._exit(code)  # not back into the zygote's loop, whatever happens
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def _kill_tree(pid: int) -> None:
+    """Stop, then kill, a process and all its descendants. Stopping first keeps them from forking faster than they die."""
+    import psutil
+
+    if not pid:
+        return
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        deadline = time.monotonic() + MAX_HANDS
+        seen: set[int] = set()
+        while time.monotonic() < deadline:
+            try:
+                root = psutil.Process(pid)
+                tree = {root.pid, *(child.pid for child in root.children(recursive=True))}
+            except psutil.NoSuchProcess:
+                tree = {pid}
+            if tree <= seen:
+                break
+            for one in tree - seen:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(one, number)
+            seen |= tree
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+
+
+def _sweep(worker: int) -> int:
+    """Kill and reap children that are not the worker: what rewards left behind. Returns how many there were."""
+    import psutil
+
+    strays: set[int] = set()
+    deadline = time.monotonic() + MAX_HANDS
+    while time.monotonic() < deadline:
+        # psutil looks at every process; the kernel knows our children.
+        children = [child for child in psutil.Process().children() if child.pid != worker]
+        if not children:
+            break
+        for child in children:
+            alive = child.status() != psutil.STATUS_ZOMBIE
+            if alive:
+                strays.add(child.pid)
+                _kill_tree(child.pid)
+            else:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(child.pid, os.WNOHANG)
+    return len(strays)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

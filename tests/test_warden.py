@@ -1,0 +1,238 @@
+"""Rewards in a process of their own: whatever they do, every completion gets a result and nothing is left behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rewards import Item, RewardError, RewardFunction
+from rewards.warden import Limits, Report, Warden
+
+NASTY = '''
+import asyncio, os, subprocess, sys, time
+from rewards import Unavailable, batched, grouped
+from posttrain.types import RewardResult
+
+hoard = []
+
+def act(text):
+    """Do what a completion says; anything else scores its length."""
+    if text == "hang":
+        while True:
+            time.sleep(60)
+    if text == "spin":
+        while True:
+            pass
+    if text == "raise":
+        raise KeyError("no such thing")
+    if text == "exit":
+        os._exit(3)
+    if text == "sys.exit":
+        sys.exit(0)
+    if text == "segfault":
+        import ctypes
+        ctypes.string_at(0)
+    if text == "kill group":
+        os.killpg(os.getpgid(0), 9)
+    if text == "big":
+        hoard.append(bytearray(2 * 2**30))
+    if text == "leak":
+        hoard.append(bytearray(os.urandom(1) * (20 * 2**20)))
+    if text == "child":
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    if text == "daemon":
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                time.sleep(300)
+            os._exit(0)
+    if text == "bomb":
+        while True:
+            if os.fork() == 0:
+                time.sleep(300)
+    if text == "close":
+        os.closerange(3, 256)
+    if text == "print":
+        print("this goes nowhere near the results")
+    if text == "nan":
+        return float("nan")
+    if text == "outage":
+        raise Unavailable("the service is down")
+    if text == "once":
+        marker = os.environ["NASTY_MARKER"]
+        if not os.path.exists(marker):
+            open(marker, "w").close()
+            raise ConnectionError("not yet")
+    return len(text) / 100
+
+def single(completion, answer, **metadata):
+    return act(completion)
+
+async def asynchronous(completion, answer, **metadata):
+    if completion == "sleep":
+        await asyncio.sleep(60)
+    await asyncio.sleep(0.05)
+    return act(completion)
+
+@batched
+def batch(completions, answers, metadata):
+    return [act(text) for text in completions]
+
+@grouped
+def group(completions, answer, **metadata):
+    ranks = sorted(map(act, completions))
+    return [ranks.index(act(text)) for text in completions]
+'''
+
+
+@pytest.fixture
+def nasty(tmp_path: Path) -> Path:
+    path = tmp_path / "nasty.py"
+    path.write_text(NASTY)
+    return path
+
+
+def items(texts: Sequence[str]) -> list[list[Item]]:
+    return [[Item(text, None, {})] for text in texts]
+
+
+def judge(nasty: Path, texts: Sequence[str], function: str = "single", **limits: Any) -> Report:
+    with Warden(RewardFunction("nasty", f"{nasty}:{function}"), Limits(**{"timeout_seconds": 0.5, **limits})) as warden:
+        return warden.score(items(texts))
+
+
+def children() -> set[int]:
+    return {process.pid for process in psutil.Process().children(recursive=True)}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Any:
+    before = children()
+    yield
+    deadline = time.monotonic() + 5
+    while children() - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert children() <= before
+    stray = [p.pid for p in psutil.process_iter(["cmdline"]) if "time.sleep(300)" in " ".join(p.info["cmdline"] or ())]
+    assert stray == []
+
+
+def statuses(report: Report) -> list[str]:
+    return [result.status for result in report.results]
+
+
+@pytest.mark.parametrize("function", ["single", "asynchronous", "batch"])
+def test_scores_come_in_the_order_of_the_completions(nasty: Path, function: str) -> None:
+    texts = ["a" * (number % 37) for number in range(200)]
+    report = judge(nasty, texts, function, batch_size=30, max_concurrency=16)
+    assert [result.score for result in report.results] == [len(text) / 100 for text in texts]
+    assert not any(report.counts.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "detail"),
+    [
+        ("hang", "timeout", "no answer within 0.5 s"),
+        ("spin", "timeout", "no answer"),
+        ("raise", "crash", "KeyError"),
+        ("exit", "crash", "its process ended"),
+        ("sys.exit", "crash", "0"),
+        ("segfault", "crash", "its process ended"),
+        ("kill group", "crash", "its process ended"),
+        ("close", "crash", "its process ended"),
+        ("nan", "crash", "must return a finite number"),
+        ("big", "crash", "out of memory"),
+        ("bomb", "crash", "processes"),
+        ("outage", "infrastructure", "the service is down"),
+    ],
+)
+@pytest.mark.parametrize("function", ["single", "batch"])
+def test_the_guilty_one_is_found_and_the_others_keep_their_scores(
+    nasty: Path, function: str, text: str, status: str, detail: str
+) -> None:
+    if function == "batch" and text in ("sys.exit", "outage"):
+        pytest.skip("an outage is the whole batch's; see the next test")
+    texts = ["fine"] * 5 + [text] + ["fine"] * 5
+    limits: dict[str, Any] = {"max_memory_gib": 1.0, "on_timeout": -0.25, "on_crash": -0.5, "retries": 1}
+    if text == "bomb":
+        limits |= {"max_processes": 4, "timeout_seconds": 5.0}
+    report = judge(nasty, texts, function, **limits)
+    found = report.results[5]
+    assert (found.status, detail in found.detail) == (status, True), found
+    assert found.score == {"timeout": -0.25, "crash": -0.5, "infrastructure": 0.0}[status]
+    assert [(r.score, r.status) for r in report.results[:5] + report.results[6:]] == [(0.04, "ok")] * 10
+    assert report.counts[status] == 1
+    assert "nasty" in report.complaint
+
+
+def test_a_batch_that_cannot_reach_its_service_is_not_judged(nasty: Path) -> None:
+    report = judge(nasty, ["fine", "outage", "fine"], "batch", retries=1)
+    assert statuses(report) == ["infrastructure"] * 3
+    assert report.counts["infrastructure"] == 3
+    assert report.counts["retried"] == 1
+
+
+def test_what_fails_once_is_tried_again(nasty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NASTY_MARKER", str(tmp_path / "marker"))
+    report = judge(nasty, ["fine", "once", "fine"])
+    assert statuses(report) == ["ok"] * 3
+    assert report.counts["retried"] == 1
+    assert report.counts["infrastructure"] == 0
+
+
+def test_async_calls_run_side_by_side_and_each_has_its_own_limit(nasty: Path) -> None:
+    start = time.monotonic()
+    report = judge(nasty, ["fine"] * 60 + ["sleep"] + ["fine"] * 39, "asynchronous", max_concurrency=100)
+    assert time.monotonic() - start < 4  # one after the other it would be five seconds and the limit
+    assert [place for place, status in enumerate(statuses(report)) if status != "ok"] == [60]
+    assert report.results[60].status == "timeout"
+
+
+def test_an_async_reward_that_blocks_is_found(nasty: Path) -> None:
+    report = judge(nasty, ["fine", "hang", "fine", "exit"], "asynchronous")
+    assert statuses(report) == ["ok", "timeout", "ok", "crash"]
+
+
+def test_a_group_is_judged_as_one(nasty: Path) -> None:
+    groups = [[Item(text, "x", {}) for text in texts] for texts in (["ccc", "a", "bb"], ["b", "hang"], ["a", "bb"])]
+    with Warden(RewardFunction("g", f"{nasty}:group"), Limits(timeout_seconds=0.5)) as warden:
+        report = warden.score(groups)
+    assert [result.score for result in report.results] == [2, 0, 1, 0, 0, 0, 1]
+    assert statuses(report) == ["ok"] * 3 + ["timeout"] * 2 + ["ok"] * 2
+
+
+def test_processes_left_behind_are_ended_and_counted(nasty: Path) -> None:
+    report = judge(nasty, ["daemon"] * 3 + ["child"] * 3 + ["print"])
+    assert statuses(report) == ["ok"] * 7
+    assert report.counts["strays"] == 3  # the attached ones end with the worker
+
+
+def test_a_worker_that_starts_too_many_or_grows_is_replaced(nasty: Path) -> None:
+    grown = judge(nasty, ["leak"] * 200, max_memory_gib=1.0)
+    assert set(statuses(grown)) == {"ok"}
+    assert grown.counts["recycled"] + grown.counts["retried"] >= 2
+    many = judge(nasty, ["child"] * 100, max_processes=20, timeout_seconds=5.0)
+    assert set(statuses(many)) == {"ok"}
+    assert many.counts["recycled"] >= 1
+
+
+def test_a_warden_can_be_used_again_and_survives_the_loss_of_its_processes(nasty: Path) -> None:
+    with Warden(RewardFunction("nasty", f"{nasty}:single"), Limits(timeout_seconds=0.5)) as warden:
+        assert statuses(warden.score(items(["fine", "exit"]))) == ["ok", "crash"]
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
+        assert statuses(warden.score(items(["fine"] * 3))) == ["ok"] * 3
+
+
+def test_a_reward_that_cannot_be_imported_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "later.py"
+    path.write_text("def score(completion, answer, **metadata): return 1.0")
+    function = RewardFunction("later", f"{path}:score")
+    path.write_text("import nothing_of_this_name")
+    with Warden(function) as warden, pytest.raises(RewardError, match="'later'.*nothing_of_this_name"):
+        warden.score(items(["fine"]))
