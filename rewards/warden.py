@@ -8,7 +8,6 @@ did it is known by what the worker said before. Nothing here trusts the function
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
 import select
@@ -23,10 +22,9 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-import psutil
-
 from posttrain.types import RewardResult, RewardStatus
 from rewards.errors import RewardError
+from rewards.processes import descendants
 from rewards.scoring import Item, RewardFunction
 from rewards.worker import Call
 from rewards.zygote import Bounds
@@ -196,7 +194,7 @@ class Warden:
                 if left <= 0:
                     self._kill_worker(work)
                     return list(waiting.values()), "timeout"
-                if self._count_processes() > 8 * self._limits.max_processes:
+                if len(descendants(self._worker_pid)) > 8 * self._limits.max_processes:
                     self._kill_worker(work)
                     return list(waiting.values()), f"death: more than {8 * self._limits.max_processes} processes"
                 continue
@@ -359,11 +357,6 @@ class Warden:
     def _look_after(self, resident: int, work: _Work) -> None:
         """Replace a worker that has grown, before it fails somebody's call."""
         limit = self._limits.max_memory_gib
-        if (limit and resident > limit * 2**30 / 2) or self._count_processes() > self._limits.max_processes:
+        if (limit and resident > limit * 2**30 / 2) or len(descendants(self._worker_pid)) > self._limits.max_processes:
             work.counts["recycled"] += 1
             self._kill_worker(work)
-
-    def _count_processes(self) -> int:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return len(psutil.Process(self._worker_pid).children(recursive=True))
-        return 0

@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from rewards.processes import children, descendants, is_zombie
 from rewards.resolve import resolve_once
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-MAX_HANDS = 10.0  # seconds to get rid of a tree of processes
+MAX_SECONDS = 10.0  # to get rid of a tree of processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,22 +107,13 @@ def _prctl(option: int, value: int) -> None:
 
 def _kill_tree(pid: int) -> None:
     """Stop, then kill, a process and all its descendants. Stopping first keeps them from forking faster than they die."""
-    import psutil
-
     if not pid:
         return
     for number in (signal.SIGSTOP, signal.SIGKILL):
-        deadline = time.monotonic() + MAX_HANDS
+        deadline = time.monotonic() + MAX_SECONDS
         seen: set[int] = set()
-        while time.monotonic() < deadline:
-            try:
-                root = psutil.Process(pid)
-                tree = {root.pid, *(child.pid for child in root.children(recursive=True))}
-            except psutil.NoSuchProcess:
-                tree = {pid}
-            if tree <= seen:
-                break
-            for one in tree - seen:
+        while (tree := {pid, *descendants(pid)} - seen) and time.monotonic() < deadline:
+            for one in tree:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(one, number)
             seen |= tree
@@ -130,24 +122,14 @@ def _kill_tree(pid: int) -> None:
 
 
 def _sweep(worker: int) -> int:
-    """Kill and reap children that are not the worker: what rewards left behind. Returns how many there were."""
-    import psutil
-
+    """Kill and reap children that are not the worker: what rewards left behind. Returns how many still ran."""
     strays: set[int] = set()
-    deadline = time.monotonic() + MAX_HANDS
-    while time.monotonic() < deadline:
-        # psutil looks at every process; the kernel knows our children.
-        children = [child for child in psutil.Process().children() if child.pid != worker]
-        if not children:
-            break
-        for child in children:
-            alive = child.status() != psutil.STATUS_ZOMBIE
-            if alive:
-                strays.add(child.pid)
-                _kill_tree(child.pid)
-            else:
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(child.pid, os.WNOHANG)
+    deadline = time.monotonic() + MAX_SECONDS
+    while (found := set(children(os.getpid())) - {worker}) and time.monotonic() < deadline:
+        for child in found:
+            if not is_zombie(child):
+                strays.add(child)
+            _kill_tree(child)
     return len(strays)
 
 
