@@ -70,6 +70,15 @@ class RewardFunction:
     def form(self) -> Form:
         return form_of(resolve_once(self.function))
 
+    def warm_up(self) -> None:
+        """Import the function and, if it has an attribute `warm_up`, call that with the recipe's options.
+
+        It is for what takes long and can be shared: worker processes are copies of the one in which it was called.
+        """
+        prepare = getattr(resolve_once(self.function), "warm_up", None)
+        if prepare is not None:
+            prepare(**self.kwargs)
+
     def __call__(self, completion: str, answer: str | None, metadata: Mapping[str, Any]) -> RewardResult:
         """Score one completion, in this process and without a time limit.
 

@@ -25,7 +25,6 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rewards.processes import children, descendants, is_zombie
-from rewards.resolve import resolve_once
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MAX_SECONDS = 10.0  # to get rid of a tree of processes
@@ -46,7 +45,7 @@ def main(number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the program that started us
     try:
         function, bounds = pickle.loads(_receive(control))
-        resolve_once(function.function)  # imports what workers will share
+        function.warm_up()
     except BaseException as error:
         _reply(control, {"error": "".join(traceback.format_exception_only(error)).strip()})
         return

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as parquet
 import pytest
 from stage_commands import ROOT, Command, is_marked, metrics, run, wait_for_step
 
@@ -91,6 +92,59 @@ def test_grpo_leaves_everything_the_contract_names(recipe: Path, tmp_path: Path)
     assert (summary["stage"], summary["steps"], summary["finished"]) == ("grpo", 3, True)
     assert summary["eval"]["before"]["pass_at_1"]["n"] == summary["eval"]["after"]["pass_at_1"]["n"] == 12
     assert (out / "checkpoints" / "latest" / "config.json").exists()
+
+
+# By the number of the call in its process, which a new process starts again.
+MISBEHAVING = """
+import itertools, os, subprocess, sys, time
+
+calls = itertools.count()
+hoard = []
+
+def score(completion, answer, **metadata):
+    number = next(calls)
+    hoard.append(bytearray(b"x" * 2**20))
+    if number % 5 == 1:
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(200)"], start_new_session=True)
+    if number == 7:
+        raise KeyError("crash")
+    if number == 11:
+        time.sleep(200)
+    return (len(completion) * 7 + completion.count("e")) % 5 / 5
+"""
+
+
+def test_a_reward_that_hangs_crashes_leaks_and_forks_does_not_stop_the_run(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "wild.py").write_text(MISBEHAVING)
+    out = tmp_path / "run"
+    wild = f"rewards=[{{func: '{tmp_path}/wild.py:score', name: wild, timeout_seconds: 0.3, on_timeout: -1}}]"
+    command = Command("posttrain.grpo", str(recipe), f"output_dir={out}", wild)
+    code, output = command.finish()
+    assert code == 0, output
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for step, line in enumerate(lines, start=1):
+        rows = parquet.read_table(out / "samples" / f"step-{step:06d}.parquet").to_pylist()
+        assert len(rows) == 16  # no sample is lost
+        for status, score in (("timeout", -1.0), ("crash", 0.0)):
+            scores = [row["reward/wild"] for row in rows if row["status/wild"] == status]
+            assert scores == [score] * int(line[f"reward/wild/{status}"])
+        assert line["reward/wild/timeout"] >= 1 and line["reward/wild/restarts"] >= 1
+    assert sum(line["reward/wild/crash"] for line in lines) >= 1
+    assert "reward 'wild'" in output
+    assert command.left_behind() == []
+
+
+def test_a_reward_that_only_fails_stops_the_run_and_says_why(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("def score(completion, answer, **metadata):\n    return metadata['nothing']\n")
+    out = tmp_path / "run"
+    broken = f"rewards=[{{func: '{tmp_path}/broken.py:score'}}]"
+    command = Command("posttrain.grpo", str(recipe), f"output_dir={out}", broken)
+    code, output = command.finish()
+    assert code == 3, output
+    assert "reward 'broken' failed on 16 of 16 completions" in output and "KeyError: 'nothing'" in output
+    assert "Traceback" not in output
+    assert command.left_behind() == []
 
 
 def test_a_skipped_publication_stops_the_run(recipe: Path, tmp_path: Path) -> None:
