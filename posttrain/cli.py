@@ -241,9 +241,11 @@ def check_rewards(recipe: Recipe, source: str | Path) -> None:
     sections: list[tuple[str, RewardSection]] = [
         (f"rewards.{index}", section) for index, section in enumerate(getattr(recipe, "rewards", ()))
     ]
-    evaluation = getattr(recipe, "eval", None)
+    evaluation, audit = getattr(recipe, "eval", None), getattr(recipe, "audit", None)
     if evaluation is not None:
         sections.append(("eval.reward", evaluation.reward))
+    if audit is not None:
+        sections.append(("audit.verifier", audit.verifier))
     for key, section in sections:
         try:
             build_reward(section)

@@ -13,6 +13,7 @@ from data.prompts import PromptStream
 from eval.report import write_report
 from eval.suite import EvalResult, eval_prompts, evaluate
 from posttrain import checkpoint
+from posttrain.audit import Look, RewardAudit, write_look
 from posttrain.errors import RunStopped
 from posttrain.metrics import Metric, MetricsLog
 from posttrain.parity import ParityReport
@@ -43,6 +44,7 @@ class GrpoJob:
     learner: LearnerGroup
     samplers: SamplerPool
     publisher: Publisher
+    audit: RewardAudit | None = None
     step: int = 0
     started: float = field(default_factory=time.perf_counter)
     last_metrics: dict[str, Metric] = field(default_factory=dict)
@@ -83,6 +85,8 @@ class GrpoJob:
             "throughput/samples_per_second": Metric(samples / seconds["time/step"], "mean"),
             "throughput/tokens_per_second": Metric(tokens / seconds["time/step"], "mean"),
         }
+        look = self.audit.look(self.step, batch.groups) if self.audit else None
+        metrics |= look.metrics if look else {}
         eval_steps = self.recipe.eval.eval_steps if self.recipe.eval else 0
         if eval_steps and self.step % eval_steps == 0 and self.step < self.recipe.max_steps:
             result = self.evaluate()
@@ -94,19 +98,35 @@ class GrpoJob:
         for complaint in batch.complaints:
             progress.note(complaint)
         progress.update(self.step, metrics)
+        if look is not None:
+            self._heed(look, progress)
         save_steps = self.recipe.checkpoint.save_steps
         # The first step is always saved: a full disk or a missing permission shows before hours are spent.
         if self.step == 1 or (save_steps and self.step % save_steps == 0):
             self.save()
 
+    def _heed(self, look: Look, progress: Progress) -> None:
+        """Keep what the audit found, say what alarms began, and stop if the recipe asks for that."""
+        write_look(self.run_dir.path, self.step, look)
+        for alarm in look.alarms:
+            progress.note(f"audit, step {self.step}: {alarm}")
+        assert self.recipe.audit is not None
+        if look.alarms and self.recipe.audit.on_alarm == "stop":
+            self.save()
+            raise RunStopped(
+                f"the audit of the rewards raised an alarm at step {self.step}: {look.alarms[0]}; see alarms.jsonl and "
+                f"suspicious.jsonl, mend the reward, and go on with --resume or from an earlier checkpoint"
+            )
+
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
         self.saved_step = self.step
+        state = {"prompts": self.prompts.state(), **({"audit": self.audit.state()} if self.audit else {})}
         return checkpoint.save(
             self.run_dir.checkpoints,
             self.step,
             self.learner.save,
-            {"prompts": self.prompts.state()},
+            state,
             keep=self.recipe.checkpoint.save_total_limit,
         )
 
@@ -186,6 +206,8 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
             seed=recipe.seed,
         )
         rewards = RewardPool(recipe.rewards)
+        verifier = RewardPool([recipe.audit.verifier]) if recipe.audit else None
+        audit = RewardAudit(recipe.audit, verifier.score, recipe.seed) if recipe.audit and verifier else None
         learner.wait_until_ready()
         samplers.wait_until_ready()
         canary = canary_sequences(
@@ -198,15 +220,30 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
             step = progress["step"]
             learner.restore(str(found.resolve()))
             prompts.restore(progress["prompts"])
+            if audit is not None and "audit" in progress:
+                audit.restore(progress["audit"])
         log = MetricsLog(run_dir.path, recipe.report_to, resume_step=step if resume else None)
         publisher.publish(step)
         try:
             yield GrpoJob(
-                recipe, run_dir, log, tokenizer, prompts, rewards, learner, samplers, publisher, step, saved_step=step
+                recipe,
+                run_dir,
+                log,
+                tokenizer,
+                prompts,
+                rewards,
+                learner,
+                samplers,
+                publisher,
+                audit,
+                step,
+                saved_step=step,
             )
         finally:
             log.close()
-            rewards.stop()
+            for pool in (rewards, verifier):
+                if pool is not None:
+                    pool.stop()
 
 
 def _resume_from(run_dir: RunDir) -> Path:

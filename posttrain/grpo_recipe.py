@@ -88,6 +88,18 @@ class ParitySection(Section):
     canary_length: Annotated[int, BeforeValidator(no_bool), Field(ge=2)] = 64  # tokens
 
 
+class AuditSection(Section):
+    """A verifier that the policy is not trained on looks at a sample of completions (see posttrain/audit.py)."""
+
+    verifier: RewardSection
+    num_samples: PositiveInt = 64  # completions a step
+    pass_score: Number = 1.0  # verifier score of a right completion
+    window: PositiveInt = 10  # steps: the first so many are the baseline, the last so many are compared with it
+    max_drop: Annotated[Number, Field(gt=0)] = 0.1  # of the verifier's mean, of the share in format; rise of repetition
+    max_length_ratio: Annotated[Number, Field(gt=1)] = 3.0  # of completion lengths against the baseline, either way
+    on_alarm: Literal["warn", "stop"] = "warn"
+
+
 class FaultsSection(Section):
     """Deliberate faults, to see that the safety net holds. Leave out in real runs."""
 
@@ -109,6 +121,7 @@ class GrpoRecipe(Recipe):
     learner: LearnerSection = LearnerSection()
     sampler: SamplerSection = SamplerSection()
     parity: ParitySection = ParitySection()
+    audit: AuditSection | None = None
     eval: EvalSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
     faults: FaultsSection = FaultsSection()

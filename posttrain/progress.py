@@ -20,6 +20,7 @@ SECONDS_BETWEEN_LINES = 10.0
 # What is shown of a step, in this order, if it is among the metrics: name, label, format.
 SHOWN = (
     ("reward/mean", "reward", ".3f"),
+    ("audit/verifier_mean", "verified", ".3f"),
     ("train/loss", "loss", ".3f"),
     ("completion/length_mean", "length", ".1f"),
     ("parity/logprob_abs_max", "parity", ".1e"),

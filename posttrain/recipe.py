@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from posttrain.grpo_recipe import (
     AlgorithmSection,
+    AuditSection,
     FaultsSection,
     GrpoRecipe,
     LearnerSection,
@@ -50,6 +51,7 @@ from posttrain.upcycle_recipe import UpcycleRecipe
 __all__ = [
     "RECIPES",
     "AlgorithmSection",
+    "AuditSection",
     "BuildSection",
     "CheckpointSection",
     "DatasetSection",

@@ -77,7 +77,8 @@ def recipe(tmp_path: Path, policy_path: Path) -> Path:
 def test_grpo_leaves_everything_the_contract_names(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     evaluation = "eval={datasets: [{task: letter_counting, levels: [1], size: 12}], max_completion_length: 16}"
-    code, output = run("posttrain.grpo", str(recipe), f"output_dir={out}", evaluation)
+    audit = "audit={verifier: {func: 'rewards.task_answer:score'}, num_samples: 8, window: 1, max_length_ratio: 1.0001}"
+    code, output = run("posttrain.grpo", str(recipe), f"output_dir={out}", evaluation, audit)
     assert code == 0, output
     lines = metrics(out)
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -85,6 +86,8 @@ def test_grpo_leaves_everything_the_contract_names(recipe: Path, tmp_path: Path)
         assert set(CONTRACT) <= line.keys()
         assert line["parity/logprob_abs_max"] < 1e-4 and line["parity/routing_agreement"] >= 0.9999
         assert line["lag/max"] == 0 and line["publish/canary_gap_max"] < 1e-4
+        assert line["audit/verifier_mean"] == 0.0 and "audit/reward_mean" in line
+    assert "audit, step" in output and (out / "alarms.jsonl").exists()  # a ratio that any change of length exceeds
     for name in ("recipe.yaml", "environment.json", "summary.json", "report.html"):
         assert (out / name).exists(), name
     assert len(list((out / "samples").glob("step-*.parquet"))) == 3
