@@ -29,6 +29,7 @@ MAX_PROBLEMS = 20
 MAX_SHOWN = 5
 THREADS, ROUNDS = 8, 4
 TOLERANCE = 1e-9
+JUDGES = 0.1  # a reward that tells right from wrong answers does so by more than this part of its range
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +182,10 @@ def _hands_off(findings: Findings, function: RewardFunction, items: Sequence[Ite
 
 def _tricks(findings: Findings, battery: Sequence[Probe], results: Sequence[RewardResult], problem: Problem) -> None:
     scores = {probe.name: result.score for probe, result in zip(battery, results, strict=True)}
-    if problem.answer is None or scores["right"] <= scores["wrong"] + TOLERANCE:
+    spread = max(scores.values()) - min(scores.values())
+    if problem.answer is None or scores["right"] - scores["wrong"] <= JUDGES * spread + TOLERANCE:
         findings.lines.append(
-            "right and wrong answers score alike, so it is not asked whether tricks earn the full score"
+            "right and wrong answers score about alike, so it is not asked whether tricks earn the full score"
         )
         return
     for probe, result in zip(battery, results, strict=True):
