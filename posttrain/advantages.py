@@ -6,39 +6,66 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
+Baseline = Literal["group_mean", "leave_one_out", "none"]
+Scale = Literal["group", "none"]
+Advantage = float | tuple[float, ...]  # of a completion, or of each of its tokens
+
 _TOLERANCE = 1e-8  # rewards closer than this count as equal
+_EPSILON = 1e-4  # TRL's
 
 
 def group_relative(
-    rewards: Sequence[float], *, scale: Literal["group", "none"] = "group", epsilon: float = 1e-4
+    rewards: Sequence[float], *, baseline: Baseline = "group_mean", scale: Scale = "group", epsilon: float = _EPSILON
 ) -> tuple[float, ...]:
-    """GRPO's advantage, A_i = (r_i - mean) / (std + epsilon) (DeepSeekMath, section 4.1.2).
+    """The advantage of each completion within its group.
 
-    The convention is that of TRL's GRPOTrainer: the sample standard deviation (divided by G - 1) plus 1e-4. A group
-    without signal, such as a single completion, gets exactly 0.
+    With the defaults GRPO's, A_i = (r_i - mean) / (std + epsilon) (DeepSeekMath, section 4.1.2), in the convention of TRL's
+    GRPOTrainer: the sample standard deviation (divided by G - 1) plus 1e-4. A group without signal, such as a single
+    completion, gets exactly 0, unless it has no baseline.
 
     Args:
         rewards: [G], finite.
+        baseline: what is subtracted: the mean of the group, the mean of the others ("leave_one_out": RLOO, arXiv 2402.14740),
+            or nothing ("none").
         scale: "group" divides by the group's deviation; "none" does not (Dr. GRPO, arXiv 2503.20783).
         epsilon: added to the deviation.
 
     Returns:
-        [G], sums to 0 up to rounding.
+        [G]; with a baseline it sums to 0 up to rounding.
 
     Raises:
-        ValueError: rewards are empty or not finite, or scale is unknown.
+        ValueError: rewards are empty or not finite, too few for the baseline, or a word is unknown.
     """
     if scale not in ("group", "none"):
         raise ValueError(f"scale={scale!r} is unknown; choose group or none")
     _require_finite(rewards)
-    if not has_signal(rewards):
+    if baseline == "leave_one_out":
+        centred = _leave_one_out(rewards)
+    elif baseline == "group_mean":
+        mean = math.fsum(rewards) / len(rewards)
+        centred = [reward - mean for reward in rewards]
+    elif baseline == "none":
+        centred = list(rewards)
+    else:
+        raise ValueError(f"baseline={baseline!r} is unknown; choose group_mean, leave_one_out or none")
+    if baseline != "none" and not has_signal(rewards):
         return (0.0,) * len(rewards)
-    mean = math.fsum(rewards) / len(rewards)
-    centred = [reward - mean for reward in rewards]
-    if scale == "none":
-        return tuple(centred)
-    deviation = math.sqrt(math.fsum(c * c for c in centred) / (len(rewards) - 1))
-    return tuple(c / (deviation + epsilon) for c in centred)
+    divisor = 1.0 if scale == "none" else _deviation(rewards) + epsilon
+    return tuple(value / divisor for value in centred)
+
+
+def over_deviation(
+    advantages: Sequence[Sequence[float]], rewards: Sequence[float], epsilon: float = _EPSILON
+) -> list[tuple[float, ...]]:
+    """Advantages of a batch over the deviation of all its rewards (arXiv 2508.08221; TRL's scale_rewards="batch").
+
+    Args:
+        advantages: [P][G].
+        rewards: all rewards of the batch, finite.
+        epsilon: added to the deviation.
+    """
+    divisor = _deviation(rewards) + epsilon
+    return [tuple(value / divisor for value in group) for group in advantages]
 
 
 def among_judged(
@@ -60,23 +87,74 @@ def among_judged(
     return tuple(by_place.get(index, 0.0) for index in range(len(rewards)))
 
 
-def leave_one_out(rewards: Sequence[float]) -> tuple[float, ...]:
-    """RLOO's advantage: the reward minus the mean reward of the others (arXiv 2402.14740).
-
-    Args:
-        rewards: [G], finite, G at least 2.
-
-    Returns:
-        [G], sums to 0 up to rounding.
-
-    Raises:
-        ValueError: fewer than two rewards, or not finite.
-    """
-    _require_finite(rewards)
+def _leave_one_out(rewards: Sequence[float]) -> list[float]:
     if len(rewards) < 2:
         raise ValueError(f"leave-one-out needs 2 completions per prompt and got {len(rewards)}; raise num_generations")
     total = math.fsum(rewards)
-    return tuple(reward - (total - reward) / (len(rewards) - 1) for reward in rewards)
+    return [reward - (total - reward) / (len(rewards) - 1) for reward in rewards]
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """The sample standard deviation; 0 for fewer than two values."""
+    if len(values) < 2:
+        return 0.0
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def whiten(values: Sequence[Sequence[float]], epsilon: float = 1e-8) -> list[tuple[float, ...]]:
+    """REINFORCE++'s normalisation (arXiv 2501.03262, equation 4): less the mean and over the deviation of all entries.
+
+    Args:
+        values: ragged, e.g. the advantages of each token of each sample of a batch.
+        epsilon: added to the deviation (of the population).
+
+    Returns:
+        The same shape. A batch whose entries are all equal gets 0.
+    """
+    flat = [value for row in values for value in row]
+    if not flat:
+        return [tuple(row) for row in values]
+    mean = math.fsum(flat) / len(flat)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in flat) / len(flat))
+    if deviation <= _TOLERANCE:
+        return [(0.0,) * len(row) for row in values]
+    return [tuple((value - mean) / (deviation + epsilon) for value in row) for row in values]
+
+
+def with_kl_to_go(
+    advantage: Advantage, logprobs: Sequence[float], ref_logprobs: Sequence[float], beta: float
+) -> tuple[float, ...]:
+    """An advantage with the KL penalty as a reward of the tokens, summed from each token to the end (discount 1).
+
+    Each token pays beta (logprob - ref_logprob), and what it leads to is part of its return (InstructGPT, arXiv 2203.02155;
+    REINFORCE++).
+
+    Args:
+        advantage: of the completion, or [T] of its tokens.
+        logprobs: [T], of the sampled tokens under the policy.
+        ref_logprobs: [T], under the reference.
+        beta: weight.
+
+    Returns:
+        [T].
+    """
+    total, found = 0.0, []
+    rows = zip(of_tokens(advantage, len(logprobs)), logprobs, ref_logprobs, strict=True)
+    for own, logprob, ref in reversed(list(rows)):
+        total -= beta * (logprob - ref)
+        found.append(own + total)
+    return tuple(reversed(found))
+
+
+def of_tokens(advantage: Advantage, count: int) -> tuple[float, ...]:
+    """[count] An advantage as one number for each token."""
+    return advantage if isinstance(advantage, tuple) else (advantage,) * count
+
+
+def is_felt(advantage: Advantage) -> bool:
+    """Whether any token has an advantage that is not 0."""
+    return any(advantage) if isinstance(advantage, tuple) else bool(advantage)
 
 
 def has_signal(rewards: Sequence[float]) -> bool:

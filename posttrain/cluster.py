@@ -296,6 +296,10 @@ class LearnerGroup:
     def restore(self, path: str) -> None:
         ray.get([actor.call.remote("restore", path) for actor in self._actors])
 
+    def renew_reference(self) -> None:
+        """The policy as it is becomes the reference, on every rank."""
+        ray.get([actor.call.remote("renew_reference") for actor in self._actors])
+
     def gradients(self) -> dict[str, Any]:
         return ray.get(self._actors[0].call.remote("gradients"))
 

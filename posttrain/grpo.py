@@ -67,6 +67,7 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
         trained = time.perf_counter()
         receipts = job.publisher.publish(job.step + 1)
         job.step += 1
+        job.renew_reference_when_due()
 
         seconds = {
             "time/learn": trained - sampled,
@@ -77,17 +78,25 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
 
 
 def group_advantages(batch: Rollout, algorithm: AlgorithmSection) -> list[tuple[float, ...]]:
-    """[P][G], each completion's advantage within its group."""
-    relative = partial(advantages.group_relative, scale=algorithm.scale_rewards)
-    return [advantages.among_judged(relative, group.rewards, group.unjudged) for group in batch.groups]
+    """[P][G], each completion's advantage: its reward less the baseline, over a deviation if the recipe says so."""
+    relative = partial(
+        advantages.group_relative,
+        baseline=algorithm.baseline,
+        scale="group" if algorithm.scale_rewards == "group" else "none",
+    )
+    found = [advantages.among_judged(relative, group.rewards, group.unjudged) for group in batch.groups]
+    if algorithm.scale_rewards == "batch":
+        return advantages.over_deviation(found, [reward for group in batch.groups for reward in group.judged_rewards])
+    return found
 
 
 def score(
     batch: Rollout, batch_advantages: Sequence[Sequence[float]], job: GrpoJob
 ) -> tuple[list[Sample], ParityReport]:
     """The samples to train on, each with the learner's own logprobs (the ratio's old policy) and the reference's."""
+    algorithm = job.recipe.algorithm
     pairs = list(zip(batch.groups, batch_advantages, strict=True))
-    if job.recipe.algorithm.drop_zero_signal_groups:
+    if algorithm.drop_zero_signal_groups:
         # When no group has signal all are scored, so that parity is still measured.
         pairs = [pair for pair in pairs if advantages.has_signal(pair[0].judged_rewards)] or pairs
     samples = [
@@ -101,11 +110,25 @@ def score(
         replace(sample, old_logprobs=scores.logprobs[index], ref_logprobs=scores.ref_logprobs.get(index))
         for index, sample in enumerate(samples)
     ]
-    return scored, scores.parity
+    return token_advantages(scored, algorithm), scores.parity
+
+
+def token_advantages(samples: Sequence[Sample], algorithm: AlgorithmSection) -> list[Sample]:
+    """Samples with an advantage for each token, where the recipe asks for what differs between tokens."""
+    if algorithm.kl_in == "reward" and algorithm.beta:
+        paid = partial(advantages.with_kl_to_go, beta=algorithm.beta)
+        samples = [replace(s, advantage=paid(s.advantage, s.old_logprobs or (), s.ref_logprobs or ())) for s in samples]
+    if algorithm.whiten_advantages:
+        rows = [advantages.of_tokens(sample.advantage, len(sample.completion_ids)) for sample in samples]
+        samples = [replace(s, advantage=row) for s, row in zip(samples, advantages.whiten(rows), strict=True)]
+    return list(samples)
 
 
 def learn(samples: list[Sample], job: GrpoJob) -> dict[str, Metric]:
-    """One optimizer step per minibatch; the minibatches are random parts of the rollout batch."""
+    """One optimizer step per minibatch; the minibatches are random parts of the rollout batch.
+
+    With `algorithm.target_kl` the rest of a batch is left when the policy has moved that far from the one it was sampled by.
+    """
     algorithm = job.recipe.algorithm
     generator = random.Random(f"{job.recipe.seed}/{job.step}")
     metrics = []
@@ -113,9 +136,12 @@ def learn(samples: list[Sample], job: GrpoJob) -> dict[str, Metric]:
         order = generator.sample(samples, len(samples))
         for part in range(algorithm.num_minibatches):
             minibatch = order[part :: algorithm.num_minibatches]
-            if any(sample.advantage for sample in minibatch):
-                losses = job.learner.forward_backward(minibatch, algorithm)
-                metrics.append({**losses, **job.learner.optim_step()})
+            if not any(advantages.is_felt(sample.advantage) for sample in minibatch):
+                continue
+            losses = job.learner.forward_backward(minibatch, algorithm)
+            metrics.append({**losses, **job.learner.optim_step(), "optim/steps": Metric(1, "sum")})
+            if algorithm.target_kl is not None and losses["policy/kl_old"].value > algorithm.target_kl:
+                return merge(metrics)
     return merge(metrics)
 
 

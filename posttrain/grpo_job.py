@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from posttrain.weights import Publisher, Receipt
 
 
+REFERENCES = "references"  # in the run directory
+
+
 @dataclass
 class GrpoJob:
     """The state of a run. `step` is also the policy version: both count publications after the first."""
@@ -118,6 +121,15 @@ class GrpoJob:
                 f"suspicious.jsonl, mend the reward, and go on with --resume or from an earlier checkpoint"
             )
 
+    def renew_reference_when_due(self) -> None:
+        """Make the policy the reference every `reference_refresh_steps` steps, and keep it for a resumed run."""
+        every = self.recipe.algorithm.reference_refresh_steps
+        if self.recipe.algorithm.beta and every and self.step % every == 0:
+            self.learner.renew_reference()
+            # As many as a run that goes on from an older checkpoint may need.
+            keep = 2 + self.recipe.checkpoint.save_steps // every
+            checkpoint.save(self.run_dir.path / REFERENCES, self.step, self.learner.save, {}, keep=keep)
+
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
         self.saved_step = self.step
@@ -198,10 +210,11 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
             recipe.learner,
             model=model,
             optimizer=recipe.optimizer,
-            reference_path=recipe.model.model_name_or_path if recipe.algorithm.beta else None,
+            reference_path=_reference(recipe, run_dir, found) if recipe.algorithm.beta else None,
             origin=recipe.model.model_name_or_path,
             bias_update_speed=recipe.router.bias_update_speed,
             temperature=recipe.rollout.temperature,
+            max_completion_length=recipe.rollout.max_completion_length,
             total_steps=recipe.max_steps * recipe.algorithm.num_minibatches * recipe.algorithm.num_iterations,
             seed=recipe.seed,
         )
@@ -244,6 +257,20 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
             for pool in (rewards, verifier):
                 if pool is not None:
                     pool.stop()
+
+
+def _reference(recipe: GrpoRecipe, run_dir: RunDir, resumed_from: Path | None) -> str | None:
+    """The reference policy: the one that training started from, or the one that was renewed last before the checkpoint."""
+    if resumed_from is not None:
+        step = checkpoint.load_progress(resumed_from)["step"]
+        kept = [
+            path
+            for path in checkpoint.whole(run_dir.path / REFERENCES)
+            if checkpoint.load_progress(path)["step"] <= step
+        ]
+        if kept:
+            return str(kept[-1])
+    return recipe.model.model_name_or_path
 
 
 def _resume_from(run_dir: RunDir) -> Path:

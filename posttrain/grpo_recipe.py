@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from posttrain.algorithms import POLICY_LOSSES, expand
 from posttrain.sections import (
     CheckpointSection,
     DatasetSection,
@@ -42,17 +43,58 @@ class RolloutSection(Section):
 
 
 class AlgorithmSection(Section):
-    """GRPO (DeepSeekMath, section 4.1; DeepSeek-R1)."""
+    """What is optimised. A preset writes the keys of a published algorithm (see posttrain/algorithms.py)."""
 
+    preset: str | None = None
+    policy_loss: str = "clip"  # clip, sequence_clip, cispo, reinforce, or module:function
     epsilon: Positive = 0.2  # lower clip range
     epsilon_high: Positive | None = None  # upper clip range; None takes epsilon
+    baseline: Literal["group_mean", "leave_one_out", "none"] = "group_mean"
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # divide by the deviation of the group, of the batch
+    whiten_advantages: bool = False  # mean 0 and deviation 1 over all tokens of the batch
+    loss_aggregation: Literal["token", "sequence", "fixed"] = "token"  # see docs/grpo.md
     beta: NonNegative = 0.001  # weight of the KL to the reference policy
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    scale_rewards: Literal["group", "none"] = "group"  # divide the advantage by the group's standard deviation
-    loss_aggregation: Literal["token", "sequence"] = "token"  # mean over tokens (DAPO) or mean of means (GRPO paper)
+    kl_estimator: Literal["k1", "k2", "k3", "unbiased"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    reference_refresh_steps: NonNegativeInt = 0  # the policy becomes the reference every so many steps; 0: never
+    entropy_coef: NonNegative = 0.0  # weight of the entropy, which is maximised
+    importance: Literal["none", "truncate", "mask"] = "none"  # weight old policy / sampler: TIS, IcePop
+    importance_cap: Annotated[Number, Field(ge=1)] = 2.0  # its upper bound
+    importance_floor: Fraction = 0.5  # mask: its lower bound
+    off_policy_threshold: Positive | None = None  # DeepSeek-V3.2: nats per token; None masks no sample
+    target_kl: Positive | None = None  # nats per token from old to new policy, beyond which the batch is left
     drop_zero_signal_groups: bool = False  # leave out groups whose rewards are all equal
+    dynamic_sampling_batches: PositiveInt = 1  # sample up to so many batches until the groups with signal fill one
     num_minibatches: PositiveInt = 4  # optimizer steps per pass over a rollout batch
     num_iterations: PositiveInt = 1  # passes over a rollout batch
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, section: Any) -> Any:
+        return expand(section)
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> AlgorithmSection:
+        if self.policy_loss not in POLICY_LOSSES and ":" not in self.policy_loss:
+            raise ValueError(
+                f"policy_loss={self.policy_loss!r} is unknown; choose one of {', '.join(POLICY_LOSSES)}, or module:function"
+            )
+        if self.kl_in == "reward" and self.kl_estimator != "k1":
+            raise ValueError(
+                f"kl_estimator={self.kl_estimator!r} with kl_in: reward: the reward of a token takes the log-ratio itself; "
+                f"set kl_estimator: k1"
+            )
+        if self.dynamic_sampling_batches > 1 and not self.drop_zero_signal_groups:
+            raise ValueError(
+                f"dynamic_sampling_batches={self.dynamic_sampling_batches} replaces groups without signal; set "
+                f"drop_zero_signal_groups: true as well, or leave it out"
+            )
+        if self.policy_loss == "reinforce" and self.num_minibatches * self.num_iterations > 1:
+            raise ValueError(
+                f"policy_loss: reinforce takes samples of the policy as it is, so one optimizer step for each batch; set "
+                f"num_minibatches and num_iterations to 1 (now {self.num_minibatches} and {self.num_iterations}), or take clip"
+            )
+        return self
 
     @property
     def clip_high(self) -> float:

@@ -20,6 +20,7 @@ from posttrain import losses
 from posttrain.errors import RunStopped
 from posttrain.metrics import Metric
 from posttrain.model import load, mtp, router
+from posttrain.objective import denominator, objective
 from posttrain.packing import unpack
 from posttrain.parity import ParityReport, compare
 from posttrain.recipe import AlgorithmSection, LearnerSection, ModelSection, OptimizerSection
@@ -55,6 +56,7 @@ class Learner:
         origin: str | None = None,
         bias_update_speed: float,
         temperature: float,
+        max_completion_length: int,
         total_steps: int,
         seed: int,
     ) -> None:
@@ -64,6 +66,7 @@ class Learner:
         )
         self._publish_dtype = getattr(torch, model.dtype)
         self._temperature = temperature
+        self._max_completion_length = max_completion_length
         self._bias_update_speed = bias_update_speed
         assert model.model_name_or_path is not None
         # Where a prediction module is that is carried along: the run's own checkpoints may be deleted meanwhile.
@@ -99,20 +102,21 @@ class Learner:
     def forward_backward(self, batch: TrainBatch, algorithm: AlgorithmSection) -> dict[str, Metric]:
         """Add the gradient of this rank's share of a minibatch. Call `optim_step` afterwards."""
         metrics: dict[str, Metric] = {}
+        divisor = denominator(batch, algorithm, self._max_completion_length)
         last = len(batch.microbatches) - 1
         for index, microbatch in enumerate(batch.microbatches):
             microbatch = _to(microbatch, self._accelerator.device)
             with nullcontext() if index == last else self._accelerator.no_sync(self._wrapped):
                 with router.record_routing(self._routers) as trace:
-                    logprobs_RW, entropy_RW = self._logprobs(self._wrapped, microbatch)
-                loss_sum, sums = _policy_loss(logprobs_RW, microbatch, algorithm)
-                denominator = batch.num_loss_tokens if algorithm.loss_aggregation == "token" else batch.num_samples
+                    logprobs_RW, entropy_RW = self._logprobs(
+                        self._wrapped, microbatch, entropy_gradient=bool(algorithm.entropy_coef)
+                    )
+                loss_sum, sums = objective(logprobs_RW, entropy_RW, microbatch, algorithm)
                 # Ranks' gradients are averaged, so the sum over ranks needs their number.
-                self._accelerator.backward(loss_sum * (self._accelerator.num_processes / denominator))
+                self._accelerator.backward(loss_sum * (self._accelerator.num_processes / divisor))
             self._count_experts(trace, microbatch)
-            sums["policy/entropy"] = (entropy_RW * microbatch.loss_mask_RW).sum()
             _accumulate(metrics, sums, batch.num_loss_tokens)
-            _accumulate(metrics, {"policy/loss": loss_sum.detach()}, denominator)
+            _accumulate(metrics, {"policy/loss": loss_sum.detach()}, divisor)
         return metrics
 
     def optim_step(self) -> dict[str, Metric]:
@@ -200,13 +204,15 @@ class Learner:
         return report
 
     def _logprobs(
-        self, model: Any, microbatch: Microbatch, temperature: float | None = None
+        self, model: Any, microbatch: Microbatch, temperature: float | None = None, *, entropy_gradient: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # No attention mask: transformers then keeps packed samples apart by their position ids.
         logits_RWV = model(
             input_ids=microbatch.input_ids_RW, position_ids=microbatch.position_ids_RW, use_cache=False
         ).logits
-        return losses.token_logprobs(logits_RWV, microbatch.input_ids_RW, temperature or self._temperature)
+        return losses.token_logprobs(
+            logits_RWV, microbatch.input_ids_RW, temperature or self._temperature, entropy_gradient=entropy_gradient
+        )
 
     # --- weights and state ----------------------------------------------------------------------------------------
 
@@ -232,6 +238,11 @@ class Learner:
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
 
+    def renew_reference(self) -> None:
+        """The policy as it is becomes the reference."""
+        assert self._reference is not None
+        self._reference.load_state_dict(self._model.state_dict())
+
     def gradients(self) -> dict[str, torch.Tensor]:
         """The accumulated gradient by parameter name (copies), for inspection."""
         return {name: p.grad.clone() for name, p in self._model.named_parameters() if p.grad is not None}
@@ -249,34 +260,6 @@ class Learner:
             experts_implementation=model.experts_implementation,
             trust_remote_code=model.trust_remote_code,
         )
-
-
-def _policy_loss(
-    logprobs_RW: torch.Tensor, microbatch: Microbatch, algorithm: AlgorithmSection
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped policy gradient plus beta times KL to the reference, summed over the microbatch's trained tokens."""
-    mask_RW = microbatch.loss_mask_RW
-    weights_RW = (
-        losses.sequence_mean_weights(microbatch.sample_ids_RW, mask_RW)
-        if algorithm.loss_aggregation == "sequence"
-        else None
-    )
-    loss_sum, sums = losses.clipped_policy_gradient(
-        logprobs_RW,
-        microbatch.old_logprobs_RW,
-        microbatch.advantages_RW,
-        mask_RW,
-        epsilon_low=algorithm.epsilon,
-        epsilon_high=algorithm.clip_high,
-        weights_RW=weights_RW,
-    )
-    metrics = {f"policy/{name}": value for name, value in sums.items()}
-    if algorithm.beta:
-        trained_RW = torch.where(mask_RW, logprobs_RW, 0.0)
-        kl_RW = losses.kl_estimate(trained_RW, microbatch.ref_logprobs_RW, algorithm.kl_estimator)
-        loss_sum = loss_sum + algorithm.beta * (kl_RW if weights_RW is None else kl_RW * weights_RW).sum()
-        metrics["policy/kl_ref"] = kl_RW.detach().sum()
-    return loss_sum, metrics
 
 
 def _accumulate(metrics: dict[str, Metric], sums: Mapping[str, torch.Tensor], denominator: float) -> None:

@@ -14,13 +14,14 @@ from typing import Literal
 
 import torch
 
-KlEstimator = Literal["k1", "k2", "k3"]
+KlEstimator = Literal["k1", "k2", "k3", "unbiased"]
 
 _CHUNK_TOKENS = 1024
+_LEAST_LOGPROB = -1e4
 
 
 def token_logprobs(
-    logits_RWV: torch.Tensor, input_ids_RW: torch.Tensor, temperature: float
+    logits_RWV: torch.Tensor, input_ids_RW: torch.Tensor, temperature: float, *, entropy_gradient: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each token under softmax(logits / temperature), and the entropy of that distribution.
 
@@ -31,11 +32,12 @@ def token_logprobs(
         logits_RWV: of any floating type; entry w predicts token w + 1.
         input_ids_RW: int64, the tokens.
         temperature: above 0; that of the sampler.
+        entropy_gradient: let a gradient through the entropy; costs one more float32 copy of the logits.
 
     Returns:
         logprobs_RW: float32, natural log; column 0 is 0, because nothing predicts the first token. Where a sample
             starts inside a packed row the value is meaningless: its predictor is another sample. Mask it.
-        entropy_RW: float32, nats, detached; entry w is of the distribution that predicts token w.
+        entropy_RW: float32, nats, detached unless asked for otherwise; entry w is of the distribution that predicts token w.
 
     Raises:
         ValueError: temperature is not above 0.
@@ -58,6 +60,12 @@ def token_logprobs(
             scaled_CV = scaled_CV / temperature
         log_normaliser_C = scaled_CV.logsumexp(dim=-1)
         logprobs.append(scaled_CV.gather(1, targets_C[:, None]).squeeze(1) - log_normaliser_C)
+        if entropy_gradient:
+            log_probabilities_CV = scaled_CV - log_normaliser_C[:, None]
+            # A token that cannot come (-inf) counts 0, and so does its gradient.
+            products_CV = log_probabilities_CV.exp() * log_probabilities_CV.clamp(min=_LEAST_LOGPROB)
+            entropies.append(-products_CV.sum(dim=-1))
+            continue
         with torch.no_grad():
             # -p ln p, which is 0 (and not NaN) at p = 0.
             entropies.append(torch.special.entr((scaled_CV - log_normaliser_C[:, None]).exp_()).sum(dim=-1))
@@ -70,7 +78,12 @@ def _shift_right(chunks: Iterable[torch.Tensor], R: int, W: int) -> torch.Tensor
     return torch.nn.functional.pad(values_RW[:, :-1], (1, 0))
 
 
-def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: KlEstimator = "k3") -> torch.Tensor:
+def kl_estimate(
+    logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    kind: KlEstimator = "k3",
+    old_logprobs: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Estimate of KL(policy || reference) from one sample per token, nats, same shape as the inputs.
 
     With d = logprobs - ref_logprobs, sampled from the policy (Schulman, "Approximating KL divergence", 2020):
@@ -78,12 +91,15 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: KlEsti
         k2 = d^2 / 2         biased, never negative; its gradient is that of KL(policy || reference)
         k3 = e^-d + d - 1    unbiased, never negative (DeepSeekMath, equation 4); its gradient is that of
                              KL(reference || policy)
+    and, for samples of the old policy,
+        unbiased = k3 e^(logprobs - old_logprobs)    value and gradient are those of KL(policy || reference) (DeepSeek-V3.2,
+                             section 3.1)
 
-    Entries that carry no token must be equal in both inputs (0 is what packing writes): e^-d overflows float32 where a
+    Entries that carry no token must be equal in all inputs (0 is what packing writes): e^-d overflows float32 where a
     masked logprob lies below -88 and its reference is 0, and infinity times a mask of 0 is NaN.
 
     Raises:
-        ValueError: unknown kind.
+        ValueError: unknown kind, or "unbiased" without the old logprobs.
     """
     difference = logprobs - ref_logprobs
     if kind == "k1":
@@ -92,53 +108,11 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: KlEsti
         return 0.5 * difference.square()
     if kind == "k3":
         return torch.exp(-difference) + difference - 1.0
-    raise ValueError(f"kl estimator {kind!r} is unknown; choose k1, k2 or k3")
-
-
-def clipped_policy_gradient(
-    logprobs_RW: torch.Tensor,
-    old_logprobs_RW: torch.Tensor,
-    advantages_RW: torch.Tensor,
-    loss_mask_RW: torch.Tensor,
-    *,
-    epsilon_low: float,
-    epsilon_high: float,
-    weights_RW: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """PPO's clipped surrogate (arXiv 1707.06347, equation 7) as GRPO uses it (DeepSeekMath, equation 3).
-
-    Sums -min(ratio A, clip(ratio, 1 - epsilon_low, 1 + epsilon_high) A) over the trained tokens, with
-    ratio = exp(logprobs - old_logprobs).
-
-    Args:
-        logprobs_RW: float32, with gradient.
-        old_logprobs_RW: float32, the same tokens under the policy before the first minibatch.
-        advantages_RW: float32.
-        loss_mask_RW: bool, the trained tokens.
-        epsilon_low: the ratio is clipped below 1 - epsilon_low.
-        epsilon_high: the ratio is clipped above 1 + epsilon_high (DAPO, arXiv 2503.14476, lets it be larger).
-        weights_RW: float32, a factor per token, such as `sequence_mean_weights`; None is 1 for each.
-
-    Returns:
-        loss_sum: scalar with gradient.
-        metrics: detached sums over the trained tokens, unweighted: `clip_fraction` (tokens whose gradient the clip
-            takes away) and `ratio_mean`.
-    """
-    # Masked before exp: an untrained token's logprob is arbitrary, and infinity times a mask of 0 would be NaN.
-    log_ratio_RW = torch.where(loss_mask_RW, logprobs_RW - old_logprobs_RW, 0.0)
-    ratio_RW = log_ratio_RW.exp()
-    clipped_RW = ratio_RW.clamp(1.0 - epsilon_low, 1.0 + epsilon_high)
-    loss_RW = -torch.minimum(ratio_RW * advantages_RW, clipped_RW * advantages_RW) * loss_mask_RW
-    if weights_RW is not None:
-        loss_RW = loss_RW * weights_RW
-    with torch.no_grad():
-        too_high_RW = (ratio_RW > 1.0 + epsilon_high) & (advantages_RW > 0)
-        too_low_RW = (ratio_RW < 1.0 - epsilon_low) & (advantages_RW < 0)
-        metrics = {
-            "clip_fraction": ((too_high_RW | too_low_RW) & loss_mask_RW).sum().float(),
-            "ratio_mean": (ratio_RW * loss_mask_RW).sum(),
-        }
-    return loss_RW.sum(), metrics
+    if kind == "unbiased":
+        if old_logprobs is None:
+            raise ValueError("kl estimator 'unbiased' needs old_logprobs: the policy that sampled")
+        return torch.exp(logprobs - old_logprobs) * (torch.exp(-difference) + difference - 1.0)
+    raise ValueError(f"kl estimator {kind!r} is unknown; choose k1, k2, k3 or unbiased")
 
 
 def sequence_mean_weights(sample_ids_RW: torch.Tensor, loss_mask_RW: torch.Tensor) -> torch.Tensor:

@@ -134,9 +134,9 @@ def _check(index: int, sample: Sample, row_length: int) -> None:
             f"sample {index} has {_length(sample)} tokens and a row holds row_length={row_length}; raise row_length to "
             f"{_length(sample)} or lower max_completion_length"
         )
-    for name in ("sampler_logprobs", "old_logprobs", "ref_logprobs"):
+    for name in ("sampler_logprobs", "old_logprobs", "ref_logprobs", "advantage"):
         values = getattr(sample, name)
-        if values is not None and len(values) != len(sample.completion_ids):
+        if isinstance(values, tuple) and len(values) != len(sample.completion_ids):
             raise ValueError(
                 f"sample {index} has {len(values)} {name} for {len(sample.completion_ids)} completion tokens; "
                 f"give one each"
@@ -213,7 +213,7 @@ def _write(microbatch: Microbatch, row: int, start: int, index: int, sample: Sam
     microbatch.position_ids_RW[row, whole] = torch.arange(_length(sample))
     microbatch.sample_ids_RW[row, whole] = index
     microbatch.loss_mask_RW[row, trained] = True
-    microbatch.advantages_RW[row, trained] = sample.advantage
+    microbatch.advantages_RW[row, trained] = torch.tensor(sample.advantage)
     microbatch.sampler_logprobs_RW[row, trained] = torch.tensor(sample.sampler_logprobs)
     if sample.old_logprobs is not None:
         microbatch.old_logprobs_RW[row, trained] = torch.tensor(sample.old_logprobs)

@@ -99,7 +99,7 @@ class Sample:
     prompt_ids: tuple[int, ...]  # [T_prompt]
     completion_ids: tuple[int, ...]  # [T_completion]
     sampler_logprobs: tuple[float, ...]  # [T_completion], see Completion.logprobs
-    advantage: float
+    advantage: float | tuple[float, ...]  # of the whole completion, or [T_completion] of its tokens
     experts_TLK: np.ndarray | None = None  # see Completion.experts_TLK
     old_logprobs: tuple[float, ...] | None = None  # [T_completion], the learner's own before the first minibatch
     ref_logprobs: tuple[float, ...] | None = None  # [T_completion], the reference policy's

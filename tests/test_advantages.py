@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.advantages import among_judged, group_relative, has_signal, leave_one_out
+from posttrain.advantages import (
+    among_judged,
+    group_relative,
+    has_signal,
+    is_felt,
+    of_tokens,
+    over_deviation,
+    whiten,
+    with_kl_to_go,
+)
+
+leave_one_out = partial(group_relative, baseline="leave_one_out", scale="none")
 
 rewards_lists = st.lists(st.floats(-10, 10), min_size=2, max_size=16)
 
@@ -73,6 +85,28 @@ def test_errors_name_the_fault() -> None:
         leave_one_out([1.0])
     with pytest.raises(ValueError, match="choose group or none"):
         group_relative([0.0, 1.0], scale="batch")  # type: ignore[arg-type]
+
+
+def test_without_baseline_and_over_the_deviation_of_the_batch_by_hand() -> None:
+    assert group_relative([1.0, 1.0], baseline="none", scale="none") == (1.0, 1.0)
+    assert group_relative([1.0, 3.0], baseline="none", epsilon=0.0) == pytest.approx(
+        [1 / math.sqrt(2), 3 / math.sqrt(2)]
+    )
+    found = over_deviation([(1.0, -1.0), (0.0,)], [0.0, 2.0, 4.0, 6.0], epsilon=0.0)
+    assert found == [pytest.approx((1 / math.sqrt(20 / 3), -1 / math.sqrt(20 / 3))), (0.0,)]
+    with pytest.raises(ValueError, match="choose group_mean, leave_one_out or none"):
+        group_relative([0.0, 1.0], baseline="mean")  # type: ignore[arg-type]
+
+
+def test_advantages_of_tokens_by_hand() -> None:
+    assert of_tokens(2.0, 3) == (2.0, 2.0, 2.0) and of_tokens((1.0, 2.0), 2) == (1.0, 2.0)
+    assert with_kl_to_go(1.0, [-1.0, -2.0, -3.0], [-1.5, -2.0, -2.0], 0.1) == pytest.approx((1.05, 1.1, 1.1))
+    assert whiten([(1.0, 3.0), (5.0,)], epsilon=0.0) == [
+        pytest.approx((-2 / math.sqrt(8 / 3), 0.0)),
+        pytest.approx((2 / math.sqrt(8 / 3),)),
+    ]
+    assert whiten([(1.0, 1.0), (1.0,)]) == [(0.0, 0.0), (0.0,)] and whiten([]) == []
+    assert is_felt((0.0, 0.1)) and is_felt(-1.0) and not is_felt(0.0) and not is_felt((0.0, 0.0))
 
 
 def test_what_could_not_be_judged_changes_nothing_for_the_others() -> None:

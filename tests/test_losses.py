@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from posttrain import losses
 from posttrain.packing import pack
+from posttrain.policy_losses import PolicyTokens, clipped
 from tests.oracles.grpo_loss import completion_logprobs, grpo_loss, random_samples, tiny_policy, trl_inputs, trl_trainer
 
 LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
@@ -89,7 +89,7 @@ def test_kl_estimates_by_hand() -> None:
     for kind, value in (("k1", LN2), ("k2", LN2**2 / 2), ("k3", 0.5 + LN2 - 1)):
         assert losses.kl_estimate(logprobs, ref_logprobs, kind).tolist() == pytest.approx([value, 0.0], abs=1e-7)  # type: ignore[arg-type]
     assert torch.equal(losses.kl_estimate(logprobs, ref_logprobs), losses.kl_estimate(logprobs, ref_logprobs, "k3"))
-    with pytest.raises(ValueError, match="choose k1, k2 or k3"):
+    with pytest.raises(ValueError, match="choose k1, k2, k3 or unbiased"):
         losses.kl_estimate(logprobs, ref_logprobs, "k4")  # type: ignore[arg-type]
 
 
@@ -112,7 +112,21 @@ def test_kl_estimates_and_their_gradients_on_average() -> None:
         torch.testing.assert_close(torch.autograd.grad(mean, logits, retain_graph=True)[0], gradient)
 
 
-# --- clipped_policy_gradient ----------------------------------------------------------------------------------------
+# --- the clipped loss -------------------------------------------------------------------------------------------------
+
+
+def clipped_sum(
+    logprobs_RW: torch.Tensor,
+    old_logprobs_RW: torch.Tensor,
+    advantages_RW: torch.Tensor,
+    mask_RW: torch.Tensor,
+    epsilon_high: float = 0.28,
+    weights_RW: torch.Tensor | float = 1.0,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    tokens = PolicyTokens(logprobs_RW, old_logprobs_RW, advantages_RW, mask_RW, torch.zeros_like(mask_RW).long())
+    loss_RW, metrics = clipped(tokens, epsilon_low=0.2, epsilon_high=epsilon_high)
+    return (loss_RW * weights_RW).sum(), metrics
+
 
 # ratio, advantage -> loss, gradient with respect to the logprob, clipped; epsilon 0.2 below and 0.28 above
 CLIP_CASES = [
@@ -131,14 +145,7 @@ CLIP_CASES = [
 def test_clip_by_hand(ratio: float, advantage: float, loss: float, gradient: float, clipped: bool) -> None:
     logprobs_RW = torch.tensor([[0.0, math.log(ratio) - 1.0]], requires_grad=True)
     mask_RW = torch.tensor([[False, True]])
-    loss_sum, metrics = losses.clipped_policy_gradient(
-        logprobs_RW,
-        torch.tensor([[0.0, -1.0]]),
-        torch.tensor([[0.0, advantage]]),
-        mask_RW,
-        epsilon_low=0.2,
-        epsilon_high=0.28,
-    )
+    loss_sum, metrics = clipped_sum(logprobs_RW, torch.tensor([[0.0, -1.0]]), torch.tensor([[0.0, advantage]]), mask_RW)
     loss_sum.backward()
     assert loss_sum.item() == pytest.approx(loss, abs=1e-6)
     assert logprobs_RW.grad is not None
@@ -151,18 +158,13 @@ def test_clip_by_hand(ratio: float, advantage: float, loss: float, gradient: flo
 def test_sums_over_trained_tokens_and_weights_by_hand() -> None:
     columns = list(zip(*CLIP_CASES, strict=True))
     ratios, advantages = (torch.tensor([column]) for column in columns[:2])
-    arguments: dict[str, Any] = {"epsilon_low": 0.2, "epsilon_high": 0.28}
     mask_RW = torch.tensor([[True, True, True, True, True, True, False, False]])
-    loss_sum, metrics = losses.clipped_policy_gradient(
-        ratios.log(), torch.zeros_like(ratios), advantages, mask_RW, **arguments
-    )
+    loss_sum, metrics = clipped_sum(ratios.log(), torch.zeros_like(ratios), advantages, mask_RW)
     assert loss_sum.item() == pytest.approx(-2 - 2.5 - 2.56 - 1 + 3 + 1.6)
     assert metrics["clip_fraction"].item() == 2
     assert metrics["ratio_mean"].item() == pytest.approx(1 + 1.25 + 1.5 + 0.5 + 1.5 + 0.5)
     weights_RW = torch.tensor([[0.5, 0.25, 0, 0, 0, 1, 9, 9]])
-    loss_sum, weighted = losses.clipped_policy_gradient(
-        ratios.log(), torch.zeros_like(ratios), advantages, mask_RW, weights_RW=weights_RW, **arguments
-    )
+    loss_sum, weighted = clipped_sum(ratios.log(), torch.zeros_like(ratios), advantages, mask_RW, weights_RW=weights_RW)
     assert loss_sum.item() == pytest.approx(-1 - 0.625 + 1.6)
     assert weighted == metrics  # metrics count tokens, whatever their weight
 
@@ -170,12 +172,11 @@ def test_sums_over_trained_tokens_and_weights_by_hand() -> None:
 def test_untrained_tokens_cannot_spoil_loss_or_gradient() -> None:
     # exp(200) is infinite in float32: computed and then masked it would be NaN.
     logprobs_RW = torch.tensor([[0.0, 0.0, -1.0]], requires_grad=True)
-    loss_sum, metrics = losses.clipped_policy_gradient(
+    loss_sum, metrics = clipped_sum(
         logprobs_RW,
         torch.tensor([[0.0, -200.0, -1.0]]),
         torch.tensor([[0.0, 0.0, 1.0]]),
         torch.tensor([[False, False, True]]),
-        epsilon_low=0.2,
         epsilon_high=0.2,
     )
     loss_sum.backward()
@@ -224,14 +225,8 @@ def test_gradient_is_that_of_plain_loops(aggregation: str) -> None:
     logprobs_RW.requires_grad_()
     sequence_RW = losses.sequence_mean_weights(m.sample_ids_RW, m.loss_mask_RW)
     weights_RW = sequence_RW if aggregation == "sequence" else m.loss_mask_RW.float()
-    loss_sum, metrics = losses.clipped_policy_gradient(
-        logprobs_RW,
-        m.old_logprobs_RW,
-        m.advantages_RW,
-        m.loss_mask_RW,
-        epsilon_low=0.2,
-        epsilon_high=0.28,
-        weights_RW=weights_RW,
+    loss_sum, metrics = clipped_sum(
+        logprobs_RW, m.old_logprobs_RW, m.advantages_RW, m.loss_mask_RW, weights_RW=weights_RW
     )
     kl_RW = losses.kl_estimate(logprobs_RW * m.loss_mask_RW, m.ref_logprobs_RW)
     denominator = batch.num_loss_tokens if aggregation == "token" else batch.num_samples
@@ -292,14 +287,8 @@ def test_loss_and_gradient_are_those_of_trl(
     logprobs_RW, entropy_RW = losses.token_logprobs(logits_RWV, m.input_ids_RW, temperature)
     mean_weights_RW = losses.sequence_mean_weights(m.sample_ids_RW, m.loss_mask_RW)
     weights_RW = mean_weights_RW if loss_type == "grpo" else m.loss_mask_RW.float()
-    loss_sum, metrics = losses.clipped_policy_gradient(
-        logprobs_RW,
-        m.old_logprobs_RW,
-        m.advantages_RW,
-        m.loss_mask_RW,
-        epsilon_low=0.2,
-        epsilon_high=0.28,
-        weights_RW=weights_RW,
+    loss_sum, metrics = clipped_sum(
+        logprobs_RW, m.old_logprobs_RW, m.advantages_RW, m.loss_mask_RW, weights_RW=weights_RW
     )
     kl_RW = losses.kl_estimate(logprobs_RW * m.loss_mask_RW, m.ref_logprobs_RW)
     denominator = {"grpo": batch.num_samples, "dr_grpo": batch.num_samples * max_completion_length}

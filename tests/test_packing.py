@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from posttrain import losses
 from posttrain.packing import pack, padding_fraction, unpack
+from posttrain.policy_losses import PolicyTokens, clipped
 from posttrain.types import Sample, TrainBatch
 from tests.oracles.grpo_loss import completion_logprobs, grpo_loss, random_samples, tiny_policy
 
@@ -274,18 +275,11 @@ def policy_loss(model: Any, batch: TrainBatch, aggregation: str, *, beta: float,
         logprobs_RW, _ = losses.token_logprobs(logits_RWV, m.input_ids_RW, temperature)
         sequence_RW = losses.sequence_mean_weights(m.sample_ids_RW, m.loss_mask_RW)
         weights_RW = sequence_RW if aggregation == "sequence" else m.loss_mask_RW.float()
-        loss_sum, _ = losses.clipped_policy_gradient(
-            logprobs_RW,
-            m.old_logprobs_RW,
-            m.advantages_RW,
-            m.loss_mask_RW,
-            epsilon_low=0.2,
-            epsilon_high=0.28,
-            weights_RW=weights_RW,
-        )
+        tokens = PolicyTokens(logprobs_RW, m.old_logprobs_RW, m.advantages_RW, m.loss_mask_RW, m.sample_ids_RW)
+        loss_RW, _ = clipped(tokens, epsilon_low=0.2, epsilon_high=0.28)
         kl_RW = losses.kl_estimate(logprobs_RW * m.loss_mask_RW, m.ref_logprobs_RW, "k3")
         denominator = batch.num_loss_tokens if aggregation == "token" else batch.num_samples
-        loss = (loss_sum + beta * (kl_RW * weights_RW).sum()) / denominator
+        loss = ((loss_RW + beta * kl_RW) * weights_RW).sum() / denominator
         loss.backward()
         total += float(loss.detach())
     return total
