@@ -21,6 +21,7 @@ SECONDS_BETWEEN_LINES = 10.0
 SHOWN = (
     ("reward/mean", "reward", ".3f"),
     ("train/loss", "loss", ".3f"),
+    ("train/accuracy", "accuracy", ".3f"),
     ("completion/length_mean", "length", ".1f"),
     ("parity/logprob_abs_max", "parity", ".1e"),
     ("throughput/tokens_per_second", "tok/s", ",.0f"),
