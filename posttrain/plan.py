@@ -171,9 +171,8 @@ def _sft_trained(recipe: SftRecipe) -> list[str]:
     if lora is None:
         lines = _trained(recipe.router)
     else:
-        lines = [
-            f"trains      LoRA adapters of rank {lora.r} on {', '.join(lora.targets or ('all weights but the router',))}; merged at the end"
-        ]
+        targets = ", ".join(lora.targets) if lora.targets else "all weights but the router"
+        lines = [f"trains      LoRA adapters of rank {lora.r} on {targets}; merged at the end"]
     if recipe.router.freeze:
         lines.append("            but not the router's weights")
     if mtp is not None:
