@@ -34,6 +34,7 @@ from trl import SFTConfig, SFTTrainer
 from data.chat import build_tokenizer
 from posttrain import sft_parts
 from posttrain.model.load import build_policy, load_policy, save_policy
+from posttrain.ranks import join_ranks
 from posttrain.recipe import BuildSection, SftRecipe
 from posttrain.run_dir import RunDir
 
@@ -163,7 +164,7 @@ def measure_ours(
                 "optimizer": {"learning_rate": LEARNING_RATE, "lr_scheduler_type": "linear"},
             }
         )
-        job = sft_parts.load_job(recipe, checkpoint, None, sft_parts.join_ranks())
+        job = sft_parts.load_job(recipe, checkpoint, None, join_ranks())
         trainer = sft_parts.build_trainer(recipe, RunDir(Path(directory)), job)
         trainer.add_callback(clock)
         trainer.data_collator = clock.watch(trainer.data_collator)

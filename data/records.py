@@ -11,7 +11,7 @@ What is wrong with a row is said with its file and its place in it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,15 +58,18 @@ class Record:
         return self.place or f"record {self.id}"
 
 
-def check_names(columns: Mapping[str, str], path: str) -> None:
+def check_names(columns: Mapping[str, str], path: str, names: Sequence[str] = COLUMNS) -> None:
     """Refuse a recipe's `columns` (our name -> theirs) with a name that is none of ours.
+
+    Args:
+        names: ours.
 
     Raises:
         ValueError: an unknown name.
     """
-    unknown = sorted(set(columns) - set(COLUMNS))
+    unknown = sorted(set(columns) - set(names))
     if unknown:
-        raise ValueError(f"columns of {path!r}: unknown name {unknown[0]!r}; the names are {', '.join(COLUMNS)}")
+        raise ValueError(f"columns of {path!r}: unknown name {unknown[0]!r}; the names are {', '.join(names)}")
 
 
 def check_found(columns: Mapping[str, str], found: Iterable[str], path: str, rows: int) -> None:

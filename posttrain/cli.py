@@ -28,7 +28,7 @@ from posttrain.reward_setup import build_reward
 
 # Options beyond --dry-run that a stage takes; each becomes a keyword of its `run`.
 STAGE_OPTIONS = {
-    "resume": ("sft", "grpo"),
+    "resume": ("sft", "reward_model", "grpo"),
     "preflight": ("sft",),
 }
 EXPLAINED = {
@@ -213,9 +213,10 @@ def check_tasks(recipe: Recipe, source: str | Path) -> None:
     from data.tasks import get_task, task_names
 
     lists: dict[str, tuple[DatasetSection, ...]] = {"datasets": getattr(recipe, "datasets", ())}
-    evaluation = getattr(recipe, "eval", None)
-    if evaluation is not None:
-        lists["eval.datasets"] = evaluation.datasets
+    for name in ("eval", "validation"):
+        section = getattr(recipe, name, None)
+        if section is not None and section.datasets is not None:
+            lists[f"{name}.datasets"] = section.datasets
     for key, sections in lists.items():
         for index, section in enumerate(sections):
             if section.task is None:

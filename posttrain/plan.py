@@ -6,6 +6,7 @@ import json
 import math
 import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from posttrain.recipe import (
     PipelineRecipe,
     Recipe,
     RecipeError,
+    RewardModelRecipe,
     RouterSection,
     SamplerSection,
     SftRecipe,
     UpcycleRecipe,
 )
 from posttrain.recipe_file import stage_recipe
+from posttrain.sections import OptimizerSection, TrainerSection
 
 TINY_VOCABULARY = 107  # tokens of data.chat.build_tokenizer, which a built policy uses
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -46,6 +49,13 @@ def describe(recipe: Recipe) -> str:
         lines += _model(recipe.model) + _sft_trained(recipe) + _data(recipe.datasets) + _sft(recipe)
         lines += _eval(recipe.eval) + _checkpoints(recipe.checkpoint)
         lines += _memory(recipe.model, recipe.sampler if recipe.eval else None, trains=True, beta=0.0)
+    elif isinstance(recipe, RewardModelRecipe):
+        lines += [
+            *_model(recipe.model),
+            "trains      all parameters and a new head; the router's correction bias stays as it is",
+        ]
+        lines += _data(recipe.datasets) + _reward_model(recipe) + _checkpoints(recipe.checkpoint)
+        lines += _memory(recipe.model, None, trains=True, beta=0.0)
     elif isinstance(recipe, EvalRecipe):
         lines += [*_model(recipe.model), _sampler(recipe.sampler), *_eval(recipe.eval)]
         lines += _memory(recipe.model, recipe.sampler, trains=False, beta=0.0)
@@ -161,7 +171,7 @@ def _sft_trained(recipe: SftRecipe) -> list[str]:
     if lora is None:
         lines = _trained(recipe.router)
     else:
-        targets = ", ".join(lora.targets or ("all but the router",))
+        targets = ", ".join(lora.targets) if lora.targets else "all weights but the router"
         lines = [f"trains      LoRA adapters of rank {lora.r} on {targets}; merged at the end"]
     if recipe.router.freeze:
         lines.append("            but not the router's weights")
@@ -180,7 +190,7 @@ def _trained(router: RouterSection) -> list[str]:
     return [f"trains      all parameters; {bias}"]
 
 
-def _data(datasets: tuple[DatasetSection, ...]) -> list[str]:
+def _data(datasets: Sequence[DatasetSection]) -> list[str]:
     return [f"data        {_source(section)}" for section in datasets]
 
 
@@ -257,19 +267,43 @@ _LOSS_ON = {
 
 
 def _sft(recipe: SftRecipe) -> list[str]:
-    training, optimizer = recipe.training, recipe.optimizer
+    training = recipe.training
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
     kind = "packed rows" if training.packing else "samples"
-    length = f"{training.max_steps} steps" if training.max_steps else f"{training.num_train_epochs:g} epochs"
-    end = f" to {optimizer.min_learning_rate:g}" if optimizer.lr_scheduler_type == "cosine" else ""
     return [
         f"batch       {training.per_device_train_batch_size} {kind} x {training.gradient_accumulation_steps} accumulated "
         f"= {rows} {kind} of up to {training.max_length} tokens per optimizer step and rank",
         f"            = up to {rows * training.max_length:,} tokens per optimizer step and rank",
         f"loss        on {_LOSS_ON[training.loss_on]}",
+        *_schedule(training, recipe.optimizer),
+    ]
+
+
+def _schedule(training: TrainerSection, optimizer: OptimizerSection) -> list[str]:
+    """Of a stage on a TRL trainer."""
+    length = f"{training.max_steps} steps" if training.max_steps else f"{training.num_train_epochs:g} epochs"
+    end = f" to {optimizer.min_learning_rate:g}" if optimizer.lr_scheduler_type == "cosine" else ""
+    return [
         f"optimizer   {training.optim}, learning rate {optimizer.learning_rate:g}{end}, {optimizer.lr_scheduler_type}, "
         f"{optimizer.warmup_steps} warm-up steps",
         f"length      {length}",
+    ]
+
+
+def _reward_model(recipe: RewardModelRecipe) -> list[str]:
+    training, validation = recipe.training, recipe.validation
+    size, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    if validation.datasets is None:
+        measured = [f"{validation.fraction:.0%} of the prompts"]
+    else:
+        measured = [_source(dataset) for dataset in validation.datasets]
+    every = f"every {validation.eval_steps} steps and at the end" if validation.eval_steps else "at the end"
+    return [
+        f"batch       {size} pairs x {accumulated} accumulated = {size * accumulated} pairs, so {2 * size * accumulated} "
+        f"chats of up to {training.max_length} tokens, per optimizer step and rank",
+        f"loss        Bradley-Terry with margin, centring {training.center_rewards_coefficient:g}",
+        *_schedule(training, recipe.optimizer),
+        *(f"held out    {source}, measured {every}" for source in measured),
     ]
 
 

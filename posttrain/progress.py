@@ -22,6 +22,7 @@ SHOWN = (
     ("reward/mean", "reward", ".3f"),
     ("audit/verifier_mean", "verified", ".3f"),
     ("train/loss", "loss", ".3f"),
+    ("train/accuracy", "accuracy", ".3f"),
     ("completion/length_mean", "length", ".1f"),
     ("parity/logprob_abs_max", "parity", ".1e"),
     ("throughput/tokens_per_second", "tok/s", ",.0f"),

@@ -21,6 +21,12 @@ from posttrain.grpo_recipe import (
     ParitySection,
     RolloutSection,
 )
+from posttrain.reward_model_recipe import (
+    HeldOutSection,
+    PairDatasetSection,
+    RewardModelRecipe,
+    RewardTrainingSection,
+)
 from posttrain.sections import (
     BuildSection,
     CheckpointSection,
@@ -60,17 +66,21 @@ __all__ = [
     "EvalSection",
     "FaultsSection",
     "GrpoRecipe",
+    "HeldOutSection",
     "LearnerSection",
     "LoraSection",
     "ModelSection",
     "MtpSection",
     "OptimizerSection",
+    "PairDatasetSection",
     "ParitySection",
     "PipelineRecipe",
     "PreparationSection",
     "Recipe",
     "RecipeError",
+    "RewardModelRecipe",
     "RewardSection",
+    "RewardTrainingSection",
     "RolloutSection",
     "RouterSection",
     "SamplerSection",
@@ -123,5 +133,12 @@ class PipelineRecipe(Recipe):
 
 
 RECIPES: Mapping[str, type[Recipe]] = types.MappingProxyType(
-    {"sft": SftRecipe, "grpo": GrpoRecipe, "eval": EvalRecipe, "upcycle": UpcycleRecipe, "pipeline": PipelineRecipe}
+    {
+        "sft": SftRecipe,
+        "reward_model": RewardModelRecipe,
+        "grpo": GrpoRecipe,
+        "eval": EvalRecipe,
+        "upcycle": UpcycleRecipe,
+        "pipeline": PipelineRecipe,
+    }
 )

@@ -50,7 +50,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, stage: str |
         stage: which recipe is expected; refused when the file says another.
 
     Returns:
-        The recipe of that stage: `SftRecipe`, `GrpoRecipe`, `EvalRecipe` or `PipelineRecipe`.
+        The recipe of that stage, e.g. `SftRecipe`; see `posttrain.recipe.RECIPES`.
 
     Raises:
         RecipeError: whatever is wrong, in one line.

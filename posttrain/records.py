@@ -59,7 +59,7 @@ def load_records(sections: Sequence[DatasetSection], split: str, seed: int) -> l
         split: for sources that do not name their own.
     """
     sources = [section_records(section, split, seed) for section in sections]
-    weights = _weights(sections, [len(records) for records in sources])
+    weights = source_weights(sections, [len(records) for records in sources])
     return mixture(list(zip(sources, weights, strict=True)), seed)
 
 
@@ -83,7 +83,9 @@ def load_chats(
     Raises:
         ValueError: a row that is no chat, a row that two sources share, or a source of which nothing is left.
     """
-    sources = [_finished(section, section_records(section, _split(section, split), seed), seed) for section in sections]
+    sources = [
+        _finished(section, section_records(section, source_split(section, split), seed), seed) for section in sections
+    ]
     _check_different(sources)
     rows: list[dict[str, Any]] = [
         {"name": source_name(section), "loaded": len(records), "duplicates": 0, "contaminated": 0}
@@ -99,7 +101,7 @@ def load_chats(
             raise ValueError(
                 f"nothing to train on is left of {row['name']}: {row}; correct the data, or remove the source"
             )
-    weights = _weights(sections, [len(records) for records in sources], preparation.mixture_temperature)
+    weights = source_weights(sections, [len(records) for records in sources], preparation.mixture_temperature)
     mixed = list(blend([[(n, record) for record in records] for n, records in enumerate(sources)], weights, seed))
     used = Counter(n for n, _ in mixed)
     for n, row in enumerate(rows):
@@ -162,14 +164,14 @@ def section_records(section: DatasetSection, split: str, seed: int) -> list[Reco
     """Records of one source, in its order."""
     if section.task is not None:
         assert section.size is not None  # the recipe requires it
-        return task_records(section.task, section.levels, _task_split(section, split), section.size, seed)
+        return task_records(section.task, section.levels, task_split(section, split), section.size, seed)
     assert section.path is not None
     return file_records(section.path, section.split or split, section.columns, section.name, section.size)
 
 
 def evaluation_records(sections: Sequence[DatasetSection], seed: int) -> list[Record]:
     """Held-out problems, in the order of the recipe: of tasks the split eval, of files test, unless they name another."""
-    return [record for section in sections for record in section_records(section, _split(section, "eval"), seed)]
+    return [record for section in sections for record in section_records(section, source_split(section, "eval"), seed)]
 
 
 def source_name(section: DatasetSection) -> str:
@@ -180,7 +182,7 @@ def source_name(section: DatasetSection) -> str:
 def _chat_source(section: DatasetSection, seed: int) -> Source:
     if section.task is not None:
         assert section.size is not None
-        split = _task_split(section, "train")
+        split = task_split(section, "train")
         source = task_source(section.task, section.levels, split, section.size, seed)
     else:
         assert section.path is not None
@@ -192,7 +194,8 @@ def _chat_source(section: DatasetSection, seed: int) -> Source:
     return replace(source, record=chat)
 
 
-def _split(section: DatasetSection, split: Literal["train", "eval"]) -> str:
+def source_split(section: DatasetSection, split: Literal["train", "eval"]) -> str:
+    """The split that a source without one of its own is read from: of files, "eval" is the split test."""
     return "test" if split == "eval" and section.path is not None else split
 
 
@@ -200,7 +203,8 @@ def _finished(section: DatasetSection, records: Sequence[Record], seed: int) -> 
     return sft_records(records, worked_fraction=section.worked_fraction, seed=seed)
 
 
-def _task_split(section: DatasetSection, split: str) -> Split:
+def task_split(section: DatasetSection, split: str) -> Split:
+    """The split of a generated task. Raises ValueError for one that it does not have."""
     wanted = section.split or split
     if wanted == "train":
         return "train"
@@ -209,7 +213,9 @@ def _task_split(section: DatasetSection, split: str) -> Split:
     raise ValueError(f"split {wanted!r} of task {section.task!r}: generated tasks have train and eval")
 
 
-def _weights(sections: Sequence[DatasetSection], sizes: Sequence[int], temperature: float | None = None) -> list[float]:
+def source_weights(
+    sections: Sequence[DatasetSection], sizes: Sequence[int], temperature: float | None = None
+) -> list[float]:
     """The recipe's weights; without them the sizes, which use everything, or what a temperature makes of the sizes."""
     if _is_weighted(sections):
         return [section.weight for section in sections]

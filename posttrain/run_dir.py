@@ -78,13 +78,14 @@ class RunDir:
             for group, advantages_G in zip(groups, advantages, strict=True)
             for index, completion in enumerate(group.completions)
         ]
-        return self._write_rows(f"step-{step:06d}", rows)
+        return self.write_rows(f"step-{step:06d}", rows)
 
     def write_eval_samples(self, name: str, result: EvalResult) -> Path:
         """An evaluation's completions, a row each."""
-        return self._write_rows(f"eval-{name}", result.rows)
+        return self.write_rows(f"eval-{name}", result.rows)
 
-    def _write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """samples/<name>.parquet, a row for each mapping; all have the same keys."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 

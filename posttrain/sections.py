@@ -226,6 +226,26 @@ class SamplerSection(Section):
         return self
 
 
+class TrainerSection(Section):
+    """What every stage on a TRL trainer has; names and meaning as in transformers' TrainingArguments."""
+
+    chat_template: str | None = None  # None: the tokenizer's; else a shipped name (deepseek_v3, tiny) or a .jinja file
+    max_steps: PositiveInt | None = None
+    num_train_epochs: Positive | None = None
+    per_device_train_batch_size: PositiveInt = 8
+    gradient_accumulation_steps: PositiveInt = 1
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"] = "adamw_torch"
+    logging_steps: PositiveInt = 10
+
+    @model_validator(mode="after")
+    def _exactly_one_length(self) -> TrainerSection:
+        if (self.max_steps is None) == (self.num_train_epochs is None):
+            raise ValueError("give exactly one of max_steps and num_train_epochs")
+        return self
+
+
 class OptimizerSection(Section):
     """AdamW; names and meaning as in transformers' TrainingArguments."""
 

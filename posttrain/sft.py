@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 def run(recipe: SftRecipe, *, resume: bool = False, preflight: bool = False) -> int:
     """Train as the recipe says. Returns the exit code: 0, or 130 when a signal ended the run early."""
-    from posttrain.sft_parts import join_ranks
+    from posttrain.ranks import join_ranks
 
     start = time.perf_counter()
     ranks = join_ranks()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,18 +19,18 @@ from trl import SFTConfig
 from data.records import Record
 from data.templates import set_chat_template
 from posttrain import checkpoint, preflight, preflight_view, sft_data
-from posttrain.errors import RunStopped
 from posttrain.model import load, lora, mtp
 from posttrain.model.balance import RouterBalance
 from posttrain.model.mtp_objective import MtpObjective
 from posttrain.model.policy_files import PolicyFiles
 from posttrain.model.router import find_routers
-from posttrain.recipe import OptimizerSection, SftRecipe
+from posttrain.recipe import SftRecipe
 from posttrain.records import load_chats, stream_chats, validation_split
 from posttrain.run_dir import RunDir, write_atomically
 from posttrain.sft_callbacks import EndStep
 from posttrain.sft_data import Cursor, PackedStream, RowCounts, RowMaker
 from posttrain.sft_trainer import PolicyTrainer
+from posttrain.trainer_arguments import common_arguments
 
 PREVIEW_CHATS = 256  # of a stream, for the preflight
 
@@ -64,21 +62,6 @@ class SftJob:
     @property
     def resume_step(self) -> int | None:
         return checkpoint.load_progress(self.resumed_from)["step"] if self.resumed_from else None
-
-
-def join_ranks() -> PartialState:
-    """This process among those that `accelerate launch` or `torchrun` started; alone without them.
-
-    Raises:
-        RunStopped: FSDP was asked for where accelerate does not do it.
-    """
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not torch.cuda.is_available():
-        raise RunStopped(
-            "accelerate shards a policy (FSDP) on accelerators only and would silently ignore it here; on CPU start the "
-            "ranks with torchrun and without FSDP"
-        )
-    # The others wait while the first evaluates: longer than a collective's usual half hour.
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -255,49 +238,13 @@ def trainer_arguments(recipe: SftRecipe, run_dir: Path) -> SFTConfig:
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,
         }
-    saving = recipe.checkpoint.save_steps
     return SFTConfig(
-        output_dir=str(run_dir / "trainer"),  # where a checkpoint is while it is written
+        **common_arguments(training, optimizer, recipe.checkpoint, seed=recipe.seed, run_dir=run_dir),
         # Tokens, labels and packed rows are ready: sft_data.py made them.
         dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
         # Each rank reads the stream itself: rows of a batch differ in width, so they cannot be dispatched by the first.
         accelerator_config={"dispatch_batches": False},
         ignore_data_skip=recipe.preparation.streaming,  # the stream starts at its cursor
-        max_steps=training.max_steps or -1,
-        num_train_epochs=training.num_train_epochs or 1,
-        per_device_train_batch_size=training.per_device_train_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
-        bf16=training.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        optim=training.optim,
-        learning_rate=optimizer.learning_rate,
-        warmup_steps=optimizer.warmup_steps,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.adam_beta1,
-        adam_beta2=optimizer.adam_beta2,
-        adam_epsilon=optimizer.adam_epsilon,
-        max_grad_norm=optimizer.max_grad_norm,
         router_aux_loss_coef=0.0,  # ours, in model/balance.py, leaves padding out
-        logging_steps=training.logging_steps,
-        logging_nan_inf_filter=False,  # a loss that is not a number must be seen
-        save_strategy="steps" if saving else "no",
-        save_steps=saving or 500,
-        report_to="none",  # metrics.py is the one place that reports
-        disable_tqdm=True,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        **_schedule(optimizer),
         **watching,
     )
-
-
-def _schedule(optimizer: OptimizerSection) -> dict[str, Any]:
-    if optimizer.lr_scheduler_type == "cosine":
-        floor = {"min_lr": optimizer.min_learning_rate}
-        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": floor}
-    name = "constant_with_warmup" if optimizer.lr_scheduler_type == "constant" else optimizer.lr_scheduler_type
-    return {"lr_scheduler_type": name}

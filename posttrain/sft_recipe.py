@@ -22,6 +22,7 @@ from posttrain.sections import (
     SamplerSection,
     Section,
     Tracker,
+    TrainerSection,
 )
 
 LossOn = Literal["assistant", "last_assistant", "completion", "all"]
@@ -29,27 +30,12 @@ TooLong = Literal["drop", "truncate", "error"]
 LoraTarget = Literal["attention", "routed_experts", "shared_experts", "dense_mlp", "router"]
 
 
-class TrainingSection(Section):
+class TrainingSection(TrainerSection):
     """SFT; names and meaning as in TRL's SFTConfig."""
 
     max_length: PositiveInt = 256  # tokens of a packed row
     packing: bool = True
     loss_on: LossOn = "assistant"
-    chat_template: str | None = None  # None: the tokenizer's; else a shipped name (deepseek_v3, tiny) or a .jinja file
-    max_steps: PositiveInt | None = None
-    num_train_epochs: Positive | None = None
-    per_device_train_batch_size: PositiveInt = 8
-    gradient_accumulation_steps: PositiveInt = 1
-    gradient_checkpointing: bool = False
-    bf16: bool = False
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"] = "adamw_torch"
-    logging_steps: PositiveInt = 10
-
-    @model_validator(mode="after")
-    def _exactly_one_length(self) -> TrainingSection:
-        if (self.max_steps is None) == (self.num_train_epochs is None):
-            raise ValueError("give exactly one of max_steps and num_train_epochs")
-        return self
 
 
 class DecontaminationSection(Section):

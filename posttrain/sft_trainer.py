@@ -21,11 +21,12 @@ from posttrain.model.balance import RouterBalance
 from posttrain.model.mtp_objective import MtpObjective
 from posttrain.model.policy_files import PolicyFiles
 from posttrain.sft_data import IGNORED, PackedStream
+from posttrain.whole_checkpoints import WholeCheckpoints
 
 TOKENS = "tokens"  # among the sums: real tokens, not a loss
 
 
-class PolicyTrainer(SFTTrainer):
+class PolicyTrainer(WholeCheckpoints, SFTTrainer):
     """What a policy needs beyond its cross-entropy.
 
     Args:
@@ -52,8 +53,7 @@ class PolicyTrainer(SFTTrainer):
         super().__init__(**settings)
         self._balance = balance
         self._mtp = mtp
-        self._checkpoints = checkpoints
-        self._keep = keep
+        self._use_checkpoints(checkpoints, keep, files.write)
         self._files = files
         self._stream = stream
         self._num_sequences = self._num_mtp_tokens = self._num_microbatches = 1
@@ -194,29 +194,6 @@ class PolicyTrainer(SFTTrainer):
             self._save_checkpoint(self.model, None)
         self.accelerator.wait_for_everyone()
         return path
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            step = self.state.global_step
-            written = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"
-            best = self.state.best_global_step
-            checkpoint.adopt(written, self._checkpoints, step, self._cursor(), keep=self._keep, best=best)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        assert output_dir is not None
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        if self.args.should_save:
-            self._files.write(output_dir, state_dict)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing: the policy was loaded from there before it came here.
-
-        The trainer would load fused tensors from a file of single experts, with `strict=False`: each expert would silently
-        keep the weights it started with.
-        """
 
     def _cursor(self) -> dict[str, Any]:
         if self._stream is None:

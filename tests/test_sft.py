@@ -17,6 +17,7 @@ from data.chat import build_tokenizer
 from data.records import Record
 from posttrain import checkpoint, sft_parts
 from posttrain.model.load import save_policy
+from posttrain.ranks import join_ranks
 from posttrain.recipe import SftRecipe
 from posttrain.run_dir import RunDir
 from posttrain.sft_data import IGNORED, Cursor, PackedStream, RowCounts, RowMaker, Rows
@@ -82,7 +83,7 @@ def build(chats: Path, tmp_path: Path) -> Callable[..., PolicyTrainer]:
             tree[section] = {**tree.get(section, {}), **values} if isinstance(values, dict) else values
         recipe = SftRecipe.model_validate(tree)
         run_dir = RunDir(recipe.run_dir)
-        job = sft_parts.load_job(recipe, path, None, sft_parts.join_ranks())
+        job = sft_parts.load_job(recipe, path, None, join_ranks())
         return sft_parts.build_trainer(recipe, run_dir, job)
 
     return make

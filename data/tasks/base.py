@@ -8,9 +8,10 @@ both splits, whatever the seeds, sizes and levels.
 from __future__ import annotations
 
 import hashlib
+import random
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, get_args
@@ -64,6 +65,18 @@ class TaskFamily(ABC):
 
         Values between 0 and 1 are the generator's own partial credit, which `rewards.task_answer` does not give.
         """
+
+    @abstractmethod
+    def steps(self, worked: str) -> list[str]:
+        """The steps of a worked solution, each ending with its result; `join` puts them together again."""
+
+    @abstractmethod
+    def join(self, steps: Sequence[str]) -> str:
+        """The inverse of `steps`."""
+
+    @abstractmethod
+    def slip(self, prompt: str, rng: random.Random) -> tuple[str, str]:
+        """A worked solution with one mistake that is carried through to the end, and the wrong answer it comes to."""
 
     def item(self, level: int, split: Split, index: int, seed: int = 0) -> TaskItem:
         """Problem `index` (0, 1, ...) of a split. The same arguments always give the same problem.

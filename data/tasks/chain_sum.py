@@ -8,9 +8,10 @@ step of a worked solution is one of about a hundred facts, while the direct answ
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from data.tasks.base import TaskFamily, TaskItem, gym_dataset
@@ -54,16 +55,32 @@ class ChainSum(TaskFamily):
         dataset = gym_dataset("chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1)
         return float(dataset.score_answer(answer_text, {"answer": answer}))
 
+    def steps(self, worked: str) -> list[str]:
+        return worked.split(",")
+
+    def join(self, steps: Sequence[str]) -> str:
+        return ",".join(steps)
+
+    def slip(self, prompt: str, rng: random.Random) -> tuple[str, str]:
+        """One running total is off by 1 or 2."""
+        expression = prompt.rstrip("=")
+        place = rng.randrange(1, len(totals(expression)))
+        worked = running_totals(expression, wrong_at=place, error=rng.choice((-2, -1, 1, 2)))
+        return worked, worked.rpartition("=")[2]
+
 
 def totals(expression: str) -> list[int]:
     """ "4-1-7" -> [4, 3, -4]: the value after each term."""
     return list(accumulate(int(term) for term in re.findall(r"[+-]?\d+", expression)))
 
 
-def running_totals(expression: str) -> str:
-    """ "4-1-7" -> "4-1=3,3-7=-4"; `expression` has two terms or more, joined by + and -."""
+def running_totals(expression: str, wrong_at: int = 0, error: int = 0) -> str:
+    """ "4-1-7" -> "4-1=3,3-7=-4"; `expression` has two terms or more, joined by + and -.
+
+    The totals from term `wrong_at` on are off by `error`.
+    """
     terms = re.findall(r"[+-]?\d+", expression)[1:]
-    values = totals(expression)
+    values = [value + error * (place >= wrong_at) for place, value in enumerate(totals(expression))]
     return ",".join(
         f"{before}{term}={after}" for before, term, after in zip(values[:-1], terms, values[1:], strict=True)
     )

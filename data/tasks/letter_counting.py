@@ -9,7 +9,8 @@ Worked solution: each letter with the count so far, "s0l0e1e2p2l2e3s3s3".
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 from data.tasks.base import TaskFamily, TaskItem, gym_dataset
@@ -48,12 +49,24 @@ class LetterCounting(TaskFamily):
         """reasoning_gym's: the same text."""
         return float(gym_dataset("letter_counting").score_answer(answer_text, {"answer": answer}))
 
+    def steps(self, worked: str) -> list[str]:
+        return re.findall(r"[a-z]\d+", worked)
 
-def running_counts(letter: str, word: str) -> str:
-    """("e", "see") -> "s0e1e2"."""
+    def join(self, steps: Sequence[str]) -> str:
+        return "".join(steps)
+
+    def slip(self, prompt: str, rng: random.Random) -> tuple[str, str]:
+        """One letter is counted that should not be, or not counted that should be."""
+        letter, _, word = prompt.rstrip("?").partition(" in ")
+        worked = running_counts(letter, word, misjudged=rng.randrange(len(word)))
+        return worked, self.steps(worked)[-1][1:]
+
+
+def running_counts(letter: str, word: str, misjudged: int | None = None) -> str:
+    """("e", "see") -> "s0e1e2"; the letter at place `misjudged` is taken for what it is not."""
     count = 0
     steps = []
-    for character in word:
-        count += character == letter
+    for place, character in enumerate(word):
+        count += (character == letter) != (place == misjudged)
         steps.append(f"{character}{count}")
     return "".join(steps)

@@ -8,7 +8,8 @@ step, so that every problem of a level has the same form.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 
 from data.tasks.base import TaskFamily, TaskItem, gym_dataset
 
@@ -44,15 +45,31 @@ class Products(TaskFamily):
         dataset = gym_dataset("products", min_terms=2, max_terms=2, min_digits=1, max_digits=1)
         return float(dataset.score_answer(answer_text, {"answer": answer}))
 
+    def steps(self, worked: str) -> list[str]:
+        return worked.split(",")
 
-def partial_products(a: int, b: int) -> str:
-    """(47, 6) -> "40*6=240,7*6=42,240+42=282"; both factors are 0 or more."""
+    def join(self, steps: Sequence[str]) -> str:
+        return ",".join(steps)
+
+    def slip(self, prompt: str, rng: random.Random) -> tuple[str, str]:
+        """One partial product is off by its right factor, as when a line of the table is missed."""
+        a, b = (int(factor) for factor in prompt.rstrip("=").split("*"))
+        worked = partial_products(a, b, wrong_at=rng.randrange(len(str(a)) * len(str(b))))
+        return worked, worked.rpartition("=")[2]
+
+
+def partial_products(a: int, b: int, wrong_at: int | None = None) -> str:
+    """(47, 6) -> "40*6=240,7*6=42,240+42=282"; both factors are 0 or more.
+
+    Partial product `wrong_at` is too large by its right factor, or by 1 where that is 0.
+    """
     pairs = [(left, right) for left in _places(a) for right in _places(b)]
-    steps = [f"{left}*{right}={left * right}" for left, right in pairs]
-    total = pairs[0][0] * pairs[0][1]
-    for left, right in pairs[1:]:
-        steps.append(f"{total}+{left * right}={total + left * right}")
-        total += left * right
+    parts = [left * right + (place == wrong_at) * (right or 1) for place, (left, right) in enumerate(pairs)]
+    steps = [f"{left}*{right}={part}" for (left, right), part in zip(pairs, parts, strict=True)]
+    total = parts[0]
+    for part in parts[1:]:
+        steps.append(f"{total}+{part}={total + part}")
+        total += part
     return ",".join(steps)
 
 
