@@ -203,7 +203,7 @@ class GrpoRecipe(Recipe):
     def _parts_fit(self) -> GrpoRecipe:
         require_checkpoint(self.model, "GRPO")
         for index, dataset in enumerate(self.datasets):
-            dataset.refuse(f"datasets.{index}", "worked_fraction")
+            dataset.refuse(f"datasets.{index}", "worked_fraction", "careless_fraction")
         if self.eval is not None:
             self.eval.check_fits(self.sampler, during_training=True)
         labels = Counter(reward.label for reward in self.rewards)

@@ -189,7 +189,12 @@ def _chat_source(section: DatasetSection, seed: int) -> Source:
         source = file_source(section.path, section.split or "train", section.columns, section.name, section.size)
 
     def chat(row: Any) -> Record:
-        return sft_record(source.record(row), worked_fraction=section.worked_fraction, seed=seed)
+        return sft_record(
+            source.record(row),
+            worked_fraction=section.worked_fraction,
+            careless_fraction=section.careless_fraction,
+            seed=seed,
+        )
 
     return replace(source, record=chat)
 
@@ -200,7 +205,9 @@ def source_split(section: DatasetSection, split: Literal["train", "eval"]) -> st
 
 
 def _finished(section: DatasetSection, records: Sequence[Record], seed: int) -> list[Record]:
-    return sft_records(records, worked_fraction=section.worked_fraction, seed=seed)
+    return sft_records(
+        records, worked_fraction=section.worked_fraction, careless_fraction=section.careless_fraction, seed=seed
+    )
 
 
 def task_split(section: DatasetSection, split: str) -> Split:

@@ -34,8 +34,8 @@ class PairDatasetSection(DatasetSection):
     @model_validator(mode="after")
     def _kinds_are_of_tasks(self) -> PairDatasetSection:
         useless = ["kinds"] if self.task is None else []
-        useless += [] if self.task is not None else ["worked_fraction"]
-        self.refuse(f"path {self.path!r}", *useless)
+        useless += ["careless_fraction"] + ([] if self.task is not None else ["worked_fraction"])
+        self.refuse(f"path {self.path!r}" if self.path else f"task {self.task!r}", *useless)
         if self.kinds is not None and len(set(self.kinds)) < len(self.kinds):
             raise ValueError(f"kinds={list(self.kinds)} names a kind twice; name each once")
         return self

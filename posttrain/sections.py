@@ -136,6 +136,7 @@ class DatasetSection(Section):
     levels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
     size: PositiveInt | None = None  # records; for `path`, None takes all
     worked_fraction: Fraction = 1.0  # SFT: share of the records with a worked solution that are trained with it
+    careless_fraction: Fraction = 0.0  # SFT: share of the direct answers that are a number nearby instead
     path: str | None = None  # .jsonl, .parquet or a hub name
     name: str | None = None  # configuration of a hub dataset
     split: str | None = None  # default: "train" for training, "eval" (tasks) or "test" (files) for evaluation
@@ -293,7 +294,7 @@ class EvalSection(Section):
     @model_validator(mode="after")
     def _all_of_it_counts(self) -> EvalSection:
         for index, dataset in enumerate(self.datasets):
-            dataset.refuse(f"datasets.{index}", "weight", "worked_fraction")
+            dataset.refuse(f"datasets.{index}", "weight", "worked_fraction", "careless_fraction")
         return self
 
     def check_fits(self, sampler: SamplerSection, *, during_training: bool) -> None:

@@ -47,7 +47,7 @@ class DecontaminationSection(Section):
     @model_validator(mode="after")
     def _all_of_it_counts(self) -> DecontaminationSection:
         for index, dataset in enumerate(self.datasets):
-            dataset.refuse(f"datasets.{index}", "weight", "worked_fraction")
+            dataset.refuse(f"datasets.{index}", "weight", "worked_fraction", "careless_fraction")
         return self
 
 

@@ -172,6 +172,27 @@ def test_sft_messages() -> None:
         sft_messages(Record("p", (CHAT[0],)), worked=False)
 
 
+def test_careless_answers_are_numbers_nearby() -> None:
+    records = task_records("letter_counting", [2], "train", 400, seed=0)
+    chats = sft_records(records, worked_fraction=0.5, careless_fraction=0.4, seed=0)
+    wrong, direct = 0, 0
+    for record, chat in zip(records, chats, strict=True):
+        text = chat.messages[-1]["content"]
+        number = int(text.split("<answer>")[1].split("<")[0])
+        is_direct = text.startswith("<think></think>")
+        direct += is_direct
+        assert record.answer is not None
+        if number != int(record.answer):
+            wrong += 1
+            assert is_direct and 1 <= abs(number - int(record.answer)) <= 3 and number >= 0
+    assert wrong / direct == pytest.approx(0.4, abs=0.08)
+    assert chats == sft_records(records, worked_fraction=0.5, careless_fraction=0.4, seed=0)
+    with pytest.raises(
+        ValueError, match=r"careless_fraction needs answers that are whole numbers, and this one is 'x'"
+    ):
+        sft_records([Record("r", records[0].messages, "x")], worked_fraction=0.0, careless_fraction=1.0, seed=0)
+
+
 def test_worked_fraction_is_kept_and_survives_reordering() -> None:
     records = make(2000)
 
