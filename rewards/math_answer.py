@@ -1,7 +1,8 @@
 r"""1.0 when the one final answer is mathematically equal to the reference, by math-verify.
 
-The final answer is extracted first, because math-verify, given a whole text, reads a set of candidates from it. It runs
-in a process of its own with a hard time limit (see `rewards.math_worker`), so this works in threads and in async actors.
+The final answer is extracted first, because math-verify, given a whole text, reads a set of candidates from it; then it
+is prepared and checked by small rules (see `rewards.math_equal`). That runs in a process of its own with a hard time
+limit (see `rewards.math_worker`), so this works in threads, in forked processes and in async actors.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import subprocess
 import sys
@@ -24,6 +26,7 @@ Extract = Literal["boxed", "last_expression"]
 
 START_TIMEOUT = 120.0  # seconds; importing sympy takes one to several
 MAX_LENGTH = 1000  # characters; no final answer is longer
+_INTEGER = re.compile(r"[+-]?[0-9]{1,300}")
 
 
 def score(
@@ -50,6 +53,8 @@ def score(
         return RewardResult(0.0, detail="no single final answer")
     if text == answer.strip():
         return RewardResult(1.0, detail="same text")
+    if _INTEGER.fullmatch(text) and _INTEGER.fullmatch(answer.strip()):
+        return RewardResult(float(int(text) == int(answer)), detail="integers")  # needs no judge
     if len(text) > MAX_LENGTH:
         return RewardResult(0.0, detail=f"answer of {len(text)} characters")
     verdict = _judge_of(os.getpid()).ask(answer, text, timeout_seconds)
