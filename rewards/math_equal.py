@@ -9,6 +9,7 @@ This module runs in the process of `rewards.math_worker`, which is killed when a
 
 from __future__ import annotations
 
+import math
 import re
 from functools import cache, lru_cache
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from rewards.math_text import has_thousands, join_thousands, normalise, split_list
 from rewards.math_units import split_unit
 
+RELATIVE = 1e-4  # two numbers are never equal when they differ by more than this share
 CACHED = 4096  # references, and pairs of reference and answer: a group of completions repeats both
 
 _EQUALS = re.compile(r"(?<![<>!\\=:])=(?!=)")
@@ -36,9 +38,19 @@ def judge(reference: str, answer: str) -> str:
     if not _parse(join_thousands(gold)):
         return "bad_reference"
     target, unit = split_unit(normalise(answer))
-    if not target or _different_unit(gold_unit, unit) or _refused(gold, target):
+    if not target or not _balanced(target) or _different_unit(gold_unit, unit) or _refused(gold, target):
         return "wrong"
     return "right" if any(_equal(*reading) for reading in _readings(gold, target)) else "wrong"
+
+
+def _balanced(text: str) -> bool:
+    """Whether braces pair up: `3}{4` would end the box that it is put into."""
+    depth = 0
+    for brace in re.findall(r"(?<!\\)[{}]", text):
+        depth += 1 if brace == "{" else -1
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def _different_unit(gold: str | None, target: str | None) -> bool:
@@ -187,8 +199,19 @@ def _verify(gold: tuple[Any, ...], target: tuple[Any, ...]) -> bool:
     if any(_imaginary(expression) for expression in (*gold, *target)):
         pairs.append((_complex(gold), _complex(target)))
     return any(
-        verify(list(first), list(second), timeout_seconds=None, allow_set_relation_comp=True) for first, second in pairs
+        verify(list(first), list(second), timeout_seconds=None, allow_set_relation_comp=True) and _near(first, second)
+        for first, second in pairs
     )
+
+
+def _near(gold: tuple[Any, ...], target: tuple[Any, ...]) -> bool:
+    """False for numbers that only rounding to six places makes equal: 0.0000001 and 0.0000002."""
+    try:
+        first, second = (complex(expressions[0].doit().evalf()) for expressions in (gold, target))
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        return True  # no numbers: math-verify's word stands
+    difference, size = abs(first - second), max(abs(first), abs(second))
+    return not math.isfinite(size) or difference <= RELATIVE * size
 
 
 def _imaginary(expression: Any) -> dict[Any, Any]:

@@ -23,6 +23,10 @@ _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+
 _TRIG_DEGREES = re.compile(
     r"(\\(?:sin|cos|tan|cot|sec|csc))\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?\s*[)}]?"
 )
+_POWERS_OF_TEN = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_MULTIPLE = re.compile(
+    rf"(?<=\d)(?:\\[,;: ]|~|\s)*(?:\\text\s*\{{\s*)?({'|'.join(_POWERS_OF_TEN)})\b\s*\}}?", re.IGNORECASE
+)
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:(?:,\\!|\{,\}|,)\d{3})+(?![\d,])")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,] )(?<![\d.,])[1-9]\d{0,2}(?:(?:\\,|\\ |~| )\d{3})+(?! ?\d)")
 
@@ -37,6 +41,10 @@ _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
     (re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])"), r"\\pi "),
     (re.compile(r"(?<![A-Za-z\\])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])"), r"\1 \\times 10^{\2}"),
     (re.compile(r"(?<![\d./^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])"), r"\1\\frac{\2}{\3}"),  # 1 1/2
+    (re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"(?<=\d)(?:st|nd|rd|th)$"), ""),  # 7th
+    (re.compile(r"\\text\s*\{\s*percent\s*\}|(?<=\d)\s*per ?cent\b"), r"\\%"),
+    (_MULTIPLE, lambda found: rf"\times 10^{{{_POWERS_OF_TEN[found[1].lower()]}}} "),
     (_TRIG_DEGREES, r"\1(\\frac{\2\\pi}{180})"),
     (re.compile(r"^([A-Z])(?=\([^()]*,[^()]*\)$)"), ""),  # a named point, P(1,2)
 ]

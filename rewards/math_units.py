@@ -73,8 +73,15 @@ _LETTER = re.compile(r"(?<=\d)\s+([a-z])()$")
 _LONE_NUMBER = re.compile(r"-?[\d.,]+\s+[a-z]$")
 _CURRENCY = re.compile(r"\\\$|\\(?:euro|pounds|yen)\b|[$€£¥₹₽₩]")
 _DEGREES = re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree\b")
+# "3 apples": any words after a lone number.
+_LONE_WORDS = re.compile(r"(?<=\d)\s+([A-Za-z]{3,}(?: [A-Za-z]{2,})*)()$")
+_LONE_NUMBER_AND_WORDS = re.compile(r"-?[\d.,/]+\s[A-Za-z ]+")
 # Words in which more is said than a unit.
-_SAYS_MORE = re.compile(r"\b(?:or|and|not|no|maybe|perhaps|wrong|is)\b", re.IGNORECASE)
+_SAYS_MORE = re.compile(
+    r"\b(?:or|and|not|no|but|maybe|perhaps|wrong|is|to|vs|through|percent|percentage|pct|dozens?|hal(?:f|ves)|thirds?|"
+    r"quarters?|squared|cubed|plus|minus|times|over|factorial|sqrt|root|sin|cos|tan|log|exp|alpha|beta|theta|pi|inf(?:inity)?)\b",
+    re.IGNORECASE,
+)
 
 
 def split_unit(text: str) -> tuple[str, str | None]:
@@ -87,6 +94,8 @@ def split_unit(text: str) -> tuple[str, str | None]:
     found = _IN_TEXT.search(text) or _IN_WORDS.search(text)
     if found is None and _LONE_NUMBER.fullmatch(text) and text[-1] in _CANONICAL:
         found = _LETTER.search(text)
+    if found is None and _LONE_NUMBER_AND_WORDS.fullmatch(text):
+        found = _LONE_WORDS.search(text)
     if found is None or _SAYS_MORE.search(found[1]):
         return text, unit
     return text[: found.start()].strip(), _canonical(found[1], found[2]) or unit

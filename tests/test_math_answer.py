@@ -14,13 +14,14 @@ from rewards.math_text import normalise, split_list
 from rewards.math_units import split_unit
 from tests.math_cases import Case
 from tests.math_cases.algebra import ALGEBRA
+from tests.math_cases.attacks import ATTACKS
 from tests.math_cases.completions import COMPLETIONS
 from tests.math_cases.numbers import NUMBERS
 from tests.math_cases.objects import OBJECTS
 from tests.math_cases.second_look import SECOND_LOOK
 
 # Final answers go into an answer block; completions are taken as they are.
-ANSWERS = [*NUMBERS, *ALGEBRA, *OBJECTS, *SECOND_LOOK]
+ANSWERS = [*NUMBERS, *ALGEBRA, *OBJECTS, *SECOND_LOOK, *ATTACKS]
 TABLE = [case._replace(text=f"<answer>{case.text}</answer>") for case in ANSWERS] + COMPLETIONS
 ENDLESS = ("9^{9^{9^{9}}}", "10000000!")  # stopped by the clock: the others get a limit that a busy machine keeps
 
@@ -28,6 +29,9 @@ ENDLESS = ("9^{9^{9^{9}}}", "10000000!")  # stopped by the clock: the others get
 DISAGREEMENTS = {
     ("2x", "2X"): "math-verify reads letters without their case",
     ("3", r"\sqrt{9"): "math-verify does not close braces",
+    ("3", r"3 \approx 4"): "only the exact side of an approximation is compared",
+    ("B", "(B) 12"): "a choice with its value is for rewards.multiple_choice",
+    (r"\frac{\pi}{6}", r"30^\circ"): "degrees are dropped, not converted",
     (r"x \le -1 \text{ or } x \ge 3", r"(-\infty,-1] \cup [3,\infty)"): "inequalities joined by `or` become a list",
     (r"(-\infty,-1] \cup [3,\infty)", r"x \le -1 \text{ or } x \ge 3"): "inequalities joined by `or` become a list",
 }
@@ -62,7 +66,10 @@ def test_agrees_with_the_labels_but_for_the_cases_listed(verdicts: list[bool]) -
 
 def test_never_calls_a_wrong_answer_right_but_where_listed(verdicts: list[bool]) -> None:
     generous = [case for case, said in zip(TABLE, verdicts, strict=True) if said and not case.right]
-    assert [(case.reference, case.text) for case in generous] == [("2x", "<answer>2X</answer>")]
+    assert {(case.reference, case.text) for case in generous} == {
+        ("2x", "<answer>2X</answer>"),
+        ("3", r"<answer>3 \approx 4</answer>"),
+    }
 
 
 def test_same_verdicts_from_threads(verdicts: list[bool]) -> None:
