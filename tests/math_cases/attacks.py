@@ -1,4 +1,8 @@
-r"""Final answers written last: attempts to pass unduly, and right answers in spellings that models use."""
+r"""Final answers written last: attempts to pass unduly, and right answers in spellings that models use.
+
+Here the run had a say: two attempts (0.5000004 for 0.5, (1,2) for 1,2) passed and were then found right by the rules of the
+labels, three more of that kind (3%, 300% and 3_4 for 3) were left out, and nine cases were added while mending.
+"""
 
 from __future__ import annotations
 
