@@ -1,8 +1,14 @@
-"""Finding the one final answer in a completion. Plain string search: linear in the length, whatever the text."""
+"""Finding the one final answer in a completion: linear in the length, whatever the text."""
 
 from __future__ import annotations
 
+import re
+
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+TAIL = 1000  # characters
+_BOX = re.compile(r"\\boxed(?:\s*\{|\s+([^\s{$]))")
+_FORMULA = re.compile(r"\$\$([^$]+)\$\$|(?<!\\)\$([^$\n]+)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:\s?/\s?\d+)?%?")
 
 
 def split_answer(completion: str) -> tuple[str | None, str] | None:
@@ -33,14 +39,60 @@ def final_answer(completion: str) -> str | None:
     return parts[1] or None if parts is not None else None
 
 
+def after_thinking(completion: str) -> str | None:
+    """The text after the reasoning; the whole text where there are no think tags, None where the reasoning never ends.
+
+    The opening tag may be missing: chat templates put it into the prompt.
+    """
+    _, closed, after = completion.rpartition("</think>")
+    if closed:
+        return after if "<think>" not in after else None
+    return completion if "<think>" not in completion else None
+
+
+def boxed(text: str) -> list[str]:
+    r"""The contents of the outermost `\boxed{...}`, stripped, in order; `\boxed 3` has no braces.
+
+    A box that never closes ends the list with an empty string.
+    """
+    contents: list[str] = []
+    start = 0
+    while found := _BOX.search(text, start):
+        end = _closing_brace(text, found.end()) if found[1] is None else found.end()
+        if end is None:
+            return [*contents, ""]
+        contents.append((found[1] or text[found.end() : end]).strip())
+        start = end
+    return contents
+
+
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}`, braces balanced; None when there is none or it never closes."""
-    _, found, rest = text.rpartition("\\boxed{")
-    if not found:
-        return None
+    r"""The content of the last `\boxed{...}`, braces balanced; None when there is none, an empty or an unclosed one.
+
+    Of boxes within each other, the innermost.
+    """
+    openings = list(_BOX.finditer(text))
+    return next(iter(boxed(text[openings[-1].start() :])), None) or None if openings else None
+
+
+def last_expression(text: str) -> str | None:
+    r"""The last formula (`$..$`, `\(..\)`, `\[..\]`), or the last number or fraction of a text without any.
+
+    Only the last `TAIL` characters are looked at, which keeps this fast on any text.
+    """
+    text = text[-TAIL:]
+    formulas = [found for match in _FORMULA.finditer(text) for found in match.groups() if found is not None]
+    if formulas:
+        return formulas[-1].strip() or None
+    numbers = _NUMBER.findall(text)
+    return numbers[-1] if numbers else None
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """Place of the brace that closes the one before `start`."""
     depth = 1
-    for place, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
+    for place in range(start, len(text)):
+        depth += (text[place] == "{") - (text[place] == "}")
         if depth == 0:
-            return rest[:place].strip() or None
+            return place
     return None

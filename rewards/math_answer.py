@@ -1,7 +1,8 @@
 r"""1.0 when the one final answer is mathematically equal to the reference, by math-verify.
 
-The final answer is extracted first, because math-verify, given a whole text, reads a set of candidates from it. It runs
-in a process of its own with a hard time limit (see `rewards.math_worker`), so this works in threads and in async actors.
+The final answer is extracted first, because math-verify, given a whole text, reads a set of candidates from it; then it
+is prepared and checked by small rules (see `rewards.math_equal`). That runs in a process of its own with a hard time
+limit (see `rewards.math_worker`), so this works in threads, in forked processes and in async actors.
 """
 
 from __future__ import annotations
@@ -9,42 +10,54 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from posttrain.types import RewardResult
-from rewards.extract import final_answer, last_boxed
+from rewards.extract import after_thinking, boxed, final_answer, last_boxed, last_expression
+
+Extract = Literal["boxed", "last_expression"]
 
 START_TIMEOUT = 120.0  # seconds; importing sympy takes one to several
 MAX_LENGTH = 1000  # characters; no final answer is longer
+_INTEGER = re.compile(r"[+-]?[0-9]{1,300}")
 
 
-def score(completion: str, answer: str, timeout_seconds: float = 2.0, **metadata: Any) -> RewardResult:
+def score(
+    completion: str, answer: str, timeout_seconds: float = 2.0, extract: Extract = "boxed", **metadata: Any
+) -> RewardResult:
     r"""1.0 or 0.0; 0.0 with status "timeout" or "crash" when judging took too long or brought the judge down.
 
     Args:
         completion: the model's text. The final answer is the single answer block, or, in a text without answer tags,
-            the last `\boxed{}`. A `\boxed{}` inside the answer block is opened.
+            the last `\boxed{}` after the reasoning. A `\boxed{}` inside the answer block is opened.
         answer: the reference, LaTeX or plain, without `\boxed`.
         timeout_seconds: time before the judge is killed.
+        extract: where a text without answer tags has its answer: "boxed", or "last_expression" for the last formula or
+            number where there is no box.
         metadata: not used.
 
     Raises:
-        ValueError: math-verify cannot parse the reference.
+        ValueError: math-verify cannot parse the reference, or `extract` is none of the two.
     """
-    text = extract(completion)
+    if extract not in get_args(Extract):
+        raise ValueError(f"extract must be one of {', '.join(get_args(Extract))}, got {extract!r}")
+    text = extract_answer(completion, extract)
     if text is None:
         return RewardResult(0.0, detail="no single final answer")
     if text == answer.strip():
         return RewardResult(1.0, detail="same text")
+    if _INTEGER.fullmatch(text) and _INTEGER.fullmatch(answer.strip()):
+        return RewardResult(float(int(text) == int(answer)), detail="integers")  # needs no judge
     if len(text) > MAX_LENGTH:
         return RewardResult(0.0, detail=f"answer of {len(text)} characters")
-    verdict = _judge.ask(answer, text, timeout_seconds)
+    verdict = _judge_of(os.getpid()).ask(answer, text, timeout_seconds)
     if verdict == "bad_reference":
         raise ValueError(f"math-verify cannot parse the reference answer {answer!r}; correct the data")
     if verdict == "timeout":
@@ -54,12 +67,22 @@ def score(completion: str, answer: str, timeout_seconds: float = 2.0, **metadata
     return RewardResult(float(verdict == "right"))
 
 
-def extract(completion: str) -> str | None:
-    r"""The one final answer: the answer block's text, or the last `\boxed{}` where there are no answer tags."""
+def extract_answer(completion: str, extract: Extract = "boxed") -> str | None:
+    r"""The one final answer of a text, or None.
+
+    With answer tags: the text of the single answer block, or of the box in it; None for boxes that differ. Without: the
+    last box after the reasoning, or, with `last_expression`, the last expression where there is no box.
+    """
     if "<answer>" in completion or "</answer>" in completion:
         text = final_answer(completion)
-        return last_boxed(text) if text is not None and "\\boxed{" in text else text
-    return last_boxed(completion)
+        boxes = {last_boxed(box) or box for box in boxed(text or "")}
+        return text if not boxes else boxes.pop() if len(boxes) == 1 else None
+    text = after_thinking(completion)
+    if text is None:
+        return None
+    if extract == "last_expression" and "\\boxed" not in text:
+        return last_expression(text)
+    return last_boxed(text)
 
 
 class _Judge:
@@ -68,13 +91,12 @@ class _Judge:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0  # process id that started the worker: a forked child needs its own
 
     def ask(self, reference: str, answer: str, timeout: float) -> str:
         """The worker's verdict, "timeout" or "crash". Raises RuntimeError when no worker can be started."""
         with self._lock:
-            if self._process is None or self._owner != os.getpid():
-                self._process, self._owner = self._start(), os.getpid()
+            if self._process is None:
+                self._process = self._start()
             process = self._process
             assert process.stdin is not None
             request = {"reference": reference, "answer": answer, "timeout": timeout}
@@ -91,11 +113,14 @@ class _Judge:
             return verdict
 
     def _start(self) -> subprocess.Popen[bytes]:
-        script = Path(__file__).with_name("math_worker.py")
-        process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        command = [sys.executable, "-m", "rewards.math_worker"]
+        root = str(Path(__file__).parent.parent)  # the worker finds this package wherever the caller was started
+        paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": paths}
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         if self._reply(process, START_TIMEOUT) != "ready":
             self._kill(process)
-            raise RuntimeError(f"the math-verify process did not start; try: {sys.executable} {script}")
+            raise RuntimeError(f"the math-verify process did not start; try: {' '.join(command)}")
         return process
 
     @staticmethod
@@ -124,4 +149,9 @@ class _Judge:
                     pipe.close()
 
 
-_judge = _Judge()
+_judges: dict[int, _Judge] = {}
+
+
+def _judge_of(process: int) -> _Judge:
+    """The judge of a process by its id: a forked child needs its own, lock included."""
+    return _judges.setdefault(process, _Judge())

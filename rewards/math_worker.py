@@ -3,8 +3,9 @@
 math-verify's own time limits use SIGALRM, which works in main threads only, and some expressions (9^9^9^9) hold the
 interpreter for as long as they like. So it runs here, without limits of its own, and whoever asks kills the process.
 
-Run as a script. One JSON object per line on standard input: {"reference", "answer", "timeout"}; one per line back:
-{"verdict": "right" | "wrong" | "bad_reference"}. The first line out is {"verdict": "ready"}.
+Run as a module, `python -m rewards.math_worker`. One JSON object per line on standard input: {"reference", "answer",
+"timeout"}; one per line back: {"verdict": "right" | "wrong" | "bad_reference"}. The first line out is
+{"verdict": "ready"}.
 """
 
 from __future__ import annotations
@@ -17,23 +18,10 @@ import resource
 import signal
 import sys
 
+from rewards.math_equal import judge
+
 MEMORY_LIMIT = 4 * 2**30  # bytes of address space, for expressions that grow without end
 GRACE = 5  # seconds after which the process ends itself when nobody is left to kill it
-
-
-def judge(reference: str, answer: str) -> str:
-    """Whether two expressions, each put in a box so that it is read whole, are equal: "right" or "wrong".
-
-    "bad_reference" when the reference itself cannot be parsed.
-    """
-    from math_verify import parse, verify
-
-    gold = parse(f"\\boxed{{{reference}}}", parsing_timeout=None)
-    if not gold:
-        return "bad_reference"
-    # math-verify returns an empty list for text that it cannot parse; nothing is caught here.
-    target = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
-    return "right" if verify(gold, target, timeout_seconds=None) else "wrong"
 
 
 def main() -> None:
