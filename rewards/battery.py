@@ -39,8 +39,11 @@ def probes(answer: str, prompt: str) -> list[Probe]:
         answer: the reference.
         prompt: the problem's text.
     """
-    wrong = f"{answer}1"  # of a number another number, of a word another word
-    others = ", ".join([f"{answer}{digit}" for digit in range(10)])
+    choices = [letter for letter in "ABCDE" if letter != answer]
+    is_choice = len(choices) == 4
+    # Of a number another number, of a word another word, of a choice another choice.
+    wrong = choices[0] if is_choice else f"{answer}1"
+    others = ", ".join(choices if is_choice else [f"{answer}{digit}" for digit in range(10)])
     return [
         Probe("right", "right", chat(answer)),
         Probe("wrong", "wrong", chat(wrong)),

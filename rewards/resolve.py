@@ -145,6 +145,3 @@ def _check_signature(function: Any, spec: str) -> None:
             f"reward {spec!r} has the signature {inspect.signature(function)}, but must take {signature_of(form)}; "
             f"add what is missing"
         )
-    needed = [p.name for p in positional[given:] if p.default is p.empty] if form == "batch" else []
-    if needed:
-        raise ValueError(f"reward {spec!r}: the option {needed[0]!r} of a batched reward needs a default")

@@ -65,6 +65,10 @@ class RewardFunction:
             if key not in named:
                 options = f"its options are {', '.join(named)}" if named else "it has no options"
                 raise ValueError(f"reward {self.name!r}: {self.function} has no option {key!r}; {options}")
+        # The options of other forms may come from the record.
+        needed = [p.name for p in parameters if p.name in named and p.default is p.empty and p.name not in self.kwargs]
+        if needed and form_of(function) == "batch":
+            raise ValueError(f"reward {self.name!r}: {self.function} needs the option {needed[0]!r}; give it in kwargs")
 
     @property
     def form(self) -> Form:
