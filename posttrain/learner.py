@@ -243,6 +243,11 @@ class Learner:
         assert self._reference is not None
         self._reference.load_state_dict(self._model.state_dict())
 
+    def drop_gradients(self) -> None:
+        """Forget what `forward_backward` has accumulated."""
+        self._optimizer.zero_grad()
+        self._counts_LE = None
+
     def gradients(self) -> dict[str, torch.Tensor]:
         """The accumulated gradient by parameter name (copies), for inspection."""
         return {name: p.grad.clone() for name, p in self._model.named_parameters() if p.grad is not None}

@@ -37,6 +37,7 @@ def arguments(checkpoint: Path, **changes: Any) -> dict[str, Any]:
         "reference_path": str(checkpoint),
         "bias_update_speed": 0.0,
         "temperature": 1.0,
+        "max_completion_length": 16,
         "total_steps": 10,
         "seed": 0,
         **changes,
