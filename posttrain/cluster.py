@@ -319,9 +319,11 @@ class LearnerGroup:
 class _RewardActor:
     """A `rewards.warden.Warden` on some node of the cluster."""
 
-    def __init__(self, function: RewardFunction, limits: Limits) -> None:
+    def __init__(self, function: RewardFunction, limits: Limits, directory: str) -> None:
         from rewards.warden import Warden
 
+        if os.path.isdir(directory):  # options of a reward may be paths, relative to where the run was started
+            os.chdir(directory)
         self._warden = Warden(function, limits)
 
     def score(self, groups: Sequence[Sequence[Item]]) -> Report:
@@ -346,7 +348,7 @@ class RewardActors:
     ) -> None:
         # Ray starts an actor that died again; what it was doing then is sent again by those who wait for it.
         actor = ray.remote(_RewardActor).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1)
-        self._actors = [actor.remote(function, limits) for _ in range(num_workers)]
+        self._actors = [actor.remote(function, limits, os.getcwd()) for _ in range(num_workers)]
         self._next = 0
 
     def submit(self, groups: Sequence[Sequence[Item]]) -> list[tuple[list[int], Any]]:

@@ -78,6 +78,15 @@ def score(
     return [(value - loaded.mean) / loaded.std for value in scores]
 
 
+def warm_up(**_: Any) -> None:
+    """Import what loading and scoring need; the model itself is loaded by the worker, which may have a GPU."""
+    import torch  # noqa: F401
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: F401
+
+
+score.warm_up = warm_up  # type: ignore[attr-defined]
+
+
 def load(path: str, experts_implementation: str = "grouped_mm") -> RewardModel:
     """`read_reward_model`, once per process and checkpoint."""
     with _lock:

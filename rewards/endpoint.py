@@ -1,0 +1,164 @@
+"""A client of OpenAI-compatible endpoints (vLLM's server, SGLang's, hosted ones): retries, limits, counts, no secrets told."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from posttrain.types import Message
+from rewards.errors import Unavailable
+
+NO_KEY = "none"  # what is sent where no key is set: local servers without one accept anything
+RETRIED = (408, 409, 429, 500, 502, 503, 504)  # status codes that another attempt may change
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a model answered.
+
+    Attributes:
+        text: of the answer; the empty text where there was none.
+        reasoning: what a server with a reasoning parser set apart; else empty.
+        finish_reason: "stop", "length" or what else the server says.
+        prompt_tokens, completion_tokens: as the server counted them, 0 where it does not say.
+    """
+
+    text: str
+    reasoning: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass
+class Endpoint:
+    """One model behind one address.
+
+    Args:
+        model: the name it is served under.
+        base_url: such as http://127.0.0.1:8000/v1; None is the client's default.
+        api_key_env: the environment variable that holds the key; the key itself is never part of a message.
+        timeout_seconds: of one attempt.
+        max_retries: attempts after the first.
+        max_concurrency: requests under way at the same time.
+    """
+
+    model: str
+    base_url: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    timeout_seconds: float = 60.0
+    max_retries: int = 3
+    max_concurrency: int = 32
+    counts: Counter[str] = field(
+        default_factory=Counter
+    )  # requests, retries, failures, prompt_tokens, completion_tokens
+
+    async def chat(self, messages: Sequence[Message], **sampling: Any) -> Reply:
+        """One answer.
+
+        Args:
+            messages: the chat so far.
+            sampling: of the chat completions API: temperature, max_tokens, seed, extra_body, ...
+
+        Raises:
+            Unavailable: no answer after all attempts, or a request that the server refuses (its reason is quoted).
+        """
+        async with self._open() as client:
+            return await self.ask(client, messages, **sampling)
+
+    async def chat_all(self, chats: Sequence[Sequence[Message]], **sampling: Any) -> list[Reply | Unavailable]:
+        """Answers to several chats, asked side by side, in their order. What failed is returned, not raised."""
+        gate = asyncio.Semaphore(self.max_concurrency)
+        async with self._open() as client:
+
+            async def one(messages: Sequence[Message]) -> Reply | Unavailable:
+                async with gate:
+                    try:
+                        return await self.ask(client, messages, **sampling)
+                    except Unavailable as error:
+                        return error
+
+            return list(await asyncio.gather(*map(one, chats)))
+
+    async def ask(self, client: Any, messages: Sequence[Message], **sampling: Any) -> Reply:
+        """`chat` with a client that is already open."""
+        import openai
+
+        last = ""
+        for attempt in range(self.max_retries + 1):
+            self.counts["requests"] += 1
+            try:
+                answer = await client.chat.completions.create(
+                    model=self.model, messages=[dict(message) for message in messages], **sampling
+                )
+                return self._reply(answer)
+            except openai.APIStatusError as error:
+                last = f"status {error.status_code}: {self._without_key(_reason(error))}"
+                if error.status_code not in RETRIED:
+                    break
+                pause = _retry_after(error.response.headers)
+            except openai.APITimeoutError:
+                last, pause = f"no answer within {self.timeout_seconds:g} s", None
+            except openai.APIConnectionError as error:
+                last, pause = f"no connection: {self._without_key(str(error.__cause__ or error))}", None
+            except (ValueError, IndexError, AttributeError, TypeError) as error:  # not what the API promises
+                last, pause = f"an answer that cannot be read: {type(error).__name__}", None
+            if attempt < self.max_retries:
+                self.counts["retries"] += 1
+                await asyncio.sleep(pause if pause is not None else _backoff(attempt))
+        self.counts["failures"] += 1
+        raise Unavailable(f"{self.model} at {self.base_url or 'the default address'}: {last}")
+
+    def _open(self) -> Any:
+        from openai import AsyncOpenAI
+
+        return AsyncOpenAI(base_url=self.base_url, api_key=self._key, timeout=self.timeout_seconds, max_retries=0)
+
+    @property
+    def _key(self) -> str:
+        return os.environ.get(self.api_key_env) or NO_KEY
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key != NO_KEY else text
+
+    def _reply(self, answer: Any) -> Reply:
+        choice, usage = answer.choices[0], answer.usage
+        found = Reply(
+            text=choice.message.content or "",
+            reasoning=getattr(choice.message, "reasoning_content", None)
+            or getattr(choice.message, "reasoning", None)
+            or "",
+            finish_reason=str(choice.finish_reason),
+            prompt_tokens=usage.prompt_tokens if usage else 0,
+            completion_tokens=usage.completion_tokens if usage else 0,
+        )
+        self.counts.update(prompt_tokens=found.prompt_tokens, completion_tokens=found.completion_tokens)
+        return found
+
+
+def _reason(error: Any) -> str:
+    body = error.body
+    if isinstance(body, Mapping):
+        inner = body.get("error", body)
+        if isinstance(inner, Mapping) and inner.get("message"):
+            return str(inner["message"])[:300]
+    return str(error.message)[:300]
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the server asks for; None where it does not, or says a date."""
+    try:
+        return min(max(0.0, float(headers.get("retry-after", ""))), LONGEST_PAUSE)
+    except ValueError:
+        return None
+
+
+def _backoff(attempt: int) -> float:
+    """Twice as long each time, and not the same for all that wait."""
+    return min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
