@@ -46,6 +46,7 @@ class Pool:
         self._changed = threading.Condition()
         self._ready: deque[Sandbox | OSError] = deque()
         self._waiting = 0  # callers without a sandbox
+        self._in_use = 0
         self._closed = False
         self._starter = threading.Thread(target=self._keep_warm, name="sandbox-starter", daemon=True)
         self._starter.start()
@@ -65,17 +66,16 @@ class Pool:
                 yield sandbox
             finally:
                 sandbox.close()
+                with self._changed:
+                    self._in_use -= 1
+                    self._changed.notify_all()
 
     def close(self) -> None:
-        """End the sandboxes that stand ready. Those in use end with their users."""
+        """Take no more callers, wait for the sandboxes in use, end those that stand ready."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._starter.join()
-        for sandbox in self._ready:
-            if isinstance(sandbox, Sandbox):
-                sandbox.close()
-        self._ready.clear()
 
     def _take(self) -> Sandbox:
         with self._changed:
@@ -87,16 +87,17 @@ class Pool:
                 raise RuntimeError("the pool of sandboxes is closed")
             taken = self._ready.popleft()
             self._changed.notify_all()
-        if isinstance(taken, OSError):
-            raise taken
-        return taken
+            if isinstance(taken, OSError):
+                raise taken
+            self._in_use += 1
+            return taken
 
     def _keep_warm(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or len(self._ready) < self._warm + self._waiting)
                 if self._closed:
-                    return
+                    break
             started: Sandbox | OSError
             try:
                 started = self._start()
@@ -105,6 +106,13 @@ class Pool:
             with self._changed:
                 self._ready.append(started)
                 self._changed.notify_all()
+        # With the end of this thread the sandboxes that it started die, bubblewrap first, which then reaps nobody.
+        with self._changed:
+            self._changed.wait_for(lambda: not self._in_use)
+        for sandbox in self._ready:
+            if isinstance(sandbox, Sandbox):
+                sandbox.close()
+        self._ready.clear()
 
 
 _pools: dict[tuple[int, Mode, str | None], Pool] = {}

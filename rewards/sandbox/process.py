@@ -124,7 +124,7 @@ class Sandbox:
     def close(self) -> None:
         """Kill everything in the sandbox and wait for its end. May be called twice."""
         if self._process.returncode is None:
-            self._learn_first(wait=False)
+            self._learn_first()  # killing bubblewrap alone, while it sets up, would leave its child waiting for ever
             assert self._process.stdin is not None
             self._process.stdin.close()  # without namespaces, the supervisor then kills its child and ends
             with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
@@ -163,11 +163,11 @@ class Sandbox:
             detail="" if status == "ok" else _last_line(stderr) or f"exit code {report['exit_code']}",
         )
 
-    def _learn_first(self, wait: bool = True) -> None:
+    def _learn_first(self) -> None:
         """Take hold of the sandbox's first process, which bubblewrap names as soon as it exists."""
         if self._mode != "bubblewrap" or self._first is not None:
             return
-        deadline = time.monotonic() + (START_SECONDS if wait else 0.0)
+        deadline = time.monotonic() + START_SECONDS
         if _wait(self._info, select.POLLIN, deadline) and (text := os.read(self._info, 4096)):
             self._first = os.pidfd_open(int(json.loads(text)["child-pid"]))
 

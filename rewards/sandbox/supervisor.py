@@ -26,8 +26,9 @@ import struct
 import sys
 import time
 import types
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable, Optional  # noqa: UP035 (Python 3.9)
+from typing import Any
 
 import confine
 import values
@@ -78,7 +79,7 @@ def _take(count: int) -> bytes:
     return b"".join(parts)
 
 
-def _serve(setup: Message, case: Message) -> Optional[Callable[[], None]]:  # noqa: UP045 (Python 3.9)
+def _serve(setup: Message, case: Message) -> Callable[[], None] | None:
     """Run one case and report it; in the child, return what runs the program."""
     namespaces = setup["mode"] == "bubblewrap"
     if namespaces:
