@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from rewards.sandbox.launch import SandboxUnavailableError
 from rewards.sandbox.limits import Call, Limits, Mode, Outcome, Stdin
-from rewards.sandbox.pool import Pool, shared_pool
+from rewards.sandbox.pool import Pool, close_shared_pools, shared_pool
 from rewards.sandbox.values import decode, encode, matches
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Pool",
     "SandboxUnavailableError",
     "Stdin",
+    "close_shared_pools",
     "decode",
     "encode",
     "matches",

@@ -133,7 +133,10 @@ def shared_pool(mode: Mode, python: str | None = None) -> Pool:
 
 
 @atexit.register
-def _close_all() -> None:
-    for (owner, _, _), pool in _pools.items():
-        if owner == os.getpid():
-            pool.close()
+def close_shared_pools() -> None:
+    """Close this process's pools; the next `shared_pool` makes a new one."""
+    with _lock:
+        own = [key for key in _pools if key[0] == os.getpid()]
+        pools = [_pools.pop(key) for key in own]
+    for pool in pools:
+        pool.close()
