@@ -1,0 +1,110 @@
+"""Latency and throughput of sandboxed programs, cold and warm, in both modes, beside a bare interpreter.
+
+    python benchmarks/sandbox.py [--quick] [--workers 2]
+
+Cold: a sandbox is started when the program arrives. Warm: one stands ready; the pause before each program leaves time
+to start the next. Full load: as many threads as workers hand in programs without a pause. Per case: one program, many
+tests, in one sandbox. The program adds two numbers that it reads.
+
+The last line is one JSON object: {mode: {"cold_p50_ms", "cold_p99_ms", "warm_p50_ms", "warm_p99_ms", "runs_per_second",
+"cases_per_second"}, "bare": {"p50_ms", "p99_ms"}}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from rich.console import Console
+from rich.table import Table
+
+from rewards.sandbox import Limits, Pool, SandboxUnavailableError, Stdin, launch
+
+PROGRAM = "print(sum(map(int, input().split())))"
+CASES_PER_PROGRAM = 20
+
+
+def run_once(pool: Pool, cases: int = 1) -> None:
+    """One program with its cases, checked."""
+    with pool.sandbox(PROGRAM, Limits()) as sandbox:
+        for number in range(cases):
+            outcome = sandbox.run(Stdin(f"{number} 1"))
+            if (outcome.status, outcome.stdout) != ("ok", f"{number + 1}\n"):
+                raise RuntimeError(f"the program gave {outcome}")
+
+
+def run_bare(executable: str) -> None:
+    """The same program in an interpreter without any sandbox."""
+    command = [executable, *launch.PYTHON_FLAGS, "-c", PROGRAM]
+    subprocess.run(command, input=b"1 2", capture_output=True, check=True)
+
+
+def latencies(work: Callable[[], None], count: int, pause: float) -> list[float]:
+    """[count] milliseconds of calls one after the other, with a pause (seconds) before each that is not counted."""
+    found = []
+    for _ in range(count):
+        time.sleep(pause)
+        begin = time.perf_counter()
+        work()
+        found.append(1e3 * (time.perf_counter() - begin))
+    return found
+
+
+def rate(pool: Pool, programs: int, workers: int, cases: int) -> float:
+    """Cases per second with every worker busy."""
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(workers) as threads:
+        list(threads.map(lambda _: run_once(pool, cases), range(programs)))
+    return programs * cases / (time.perf_counter() - begin)
+
+
+def measure(mode: launch.Mode, count: int, workers: int) -> dict[str, float]:
+    """All figures of one mode."""
+    figures = {}
+    for name, warm in (("cold", 0), ("warm", workers)):
+        pool = Pool(mode, workers=workers, warm=warm)
+        try:
+            run_once(pool)
+            found = latencies(lambda pool=pool: run_once(pool), count, 0.15 if warm else 0.0)  # type: ignore[misc]
+            figures[f"{name}_p50_ms"] = statistics.median(found)
+            figures[f"{name}_p99_ms"] = statistics.quantiles(found, n=100)[98]
+            if warm:
+                figures["runs_per_second"] = rate(pool, count, workers, cases=1)
+                figures["cases_per_second"] = rate(pool, max(4, count // 10), workers, CASES_PER_PROGRAM)
+        finally:
+            pool.close()
+    return {name: round(value, 1) for name, value in figures.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="50 runs instead of 500")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args()
+    count = 50 if options.quick else 500
+    bare = latencies(lambda: run_bare(launch.find_interpreter().executable), count, 0.0)
+    results: dict[str, dict[str, float]] = {}
+    for mode in launch.MODES:
+        try:
+            results[mode] = measure(mode, count, options.workers)  # type: ignore[arg-type]
+        except SandboxUnavailableError as error:
+            print(f"{mode}: not measured: {error}")
+    table = Table(title=f"{count} runs each, {options.workers} workers, load {os.getloadavg()[0]:.1f} at the end")
+    for column in ("", "cold p50 ms", "p99", "warm p50 ms", "p99", "runs/s", f"tests/s, {CASES_PER_PROGRAM} a program"):
+        table.add_column(column, justify="left" if not column else "right")
+    plain = (statistics.median(bare), statistics.quantiles(bare, n=100)[98])
+    table.add_row("no sandbox", f"{plain[0]:.1f}", f"{plain[1]:.1f}", "", "", "", "")
+    for name, figures in results.items():
+        table.add_row(name, *(f"{value:.1f}" for value in figures.values()))
+    Console().print(table)
+    print(json.dumps({**results, "bare": {"p50_ms": round(plain[0], 1), "p99_ms": round(plain[1], 1)}}))
+
+
+if __name__ == "__main__":
+    main()
