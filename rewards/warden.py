@@ -32,6 +32,7 @@ from rewards.zygote import Bounds
 START_SECONDS = 180.0  # for the reward's imports
 CHUNK = 64  # calls sent to a plain worker at once
 GRACE = 1.0  # seconds that an async worker has, after a time limit of its own, to say so
+WARM_UP = 20.0  # seconds more for the very first call, which may have to import what all others then share
 LOOK = 0.2  # seconds between two looks at what the worker has started
 CRASHES = 2  # deaths of a worker at the same call before the call is to blame
 BOOT = "import sys; sys.path[:] = {path!r}; from rewards.zygote import main; main({number})"
@@ -104,6 +105,7 @@ class Warden:
         self._worker: Connection | None = None
         self._worker_pid = 0
         self._forks = 0
+        self._has_answered = False
 
     def __enter__(self) -> Warden:
         return self
@@ -187,7 +189,7 @@ class Warden:
         self._worker.send_bytes(pickle.dumps([attempt.call for attempt in chunk]))
         is_async = self._function.form == "async"
         limit = self._limits.timeout_seconds + (GRACE if is_async else 0.0)
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + limit + (0.0 if self._has_answered else WARM_UP)
         while True:
             left = deadline - time.monotonic()
             if not self._worker.poll(max(0.0, min(LOOK, left))):
@@ -203,6 +205,10 @@ class Warden:
             except (EOFError, OSError, ValueError):
                 self._kill_worker(work)
                 return list(waiting.values()), "death: its process ended"
+            self._has_answered = True
+            if answer.get("imported"):
+                names = json.dumps(answer["imported"]).encode()
+                self._command(b"i", len(names).to_bytes(8, "big") + names)
             if "resident" in answer:
                 self._look_after(answer["resident"], work)
                 return [], ""
@@ -343,9 +349,10 @@ class Warden:
         found: dict[str, Any] = json.loads(line)
         return found
 
-    def _command(self, command: bytes) -> dict[str, Any]:
+    def _command(self, command: bytes, argument: bytes = b"") -> dict[str, Any]:
         assert self._control is not None
         self._control.sendall(command)
+        self._control.sendall(argument)
         return self._answer()
 
     def _kill_worker(self, work: _Work) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import pickle
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,8 +41,16 @@ def serve(connection: Connection, function: RewardFunction, timeout_seconds: flo
     """Answer until the other end closes. Requests are pickled lists of calls; answers are JSON objects.
 
     For each call {"call", "results": [[score, status, detail], ...]} or {"call", "error", "detail"}; at the end of a list
-    {"resident": bytes}.
+    {"resident": bytes}. {"imported"} beside it are modules that calls have brought in, for the next worker to have.
     """
+    before = set(sys.modules)
+
+    def news() -> dict[str, Any]:
+        nonlocal before
+        found = sorted(set(sys.modules) - before)
+        before = set(sys.modules)
+        return {"imported": found} if found else {}
+
     while True:
         try:
             calls: Sequence[Call] = pickle.loads(connection.recv_bytes())  # from our own warden
@@ -56,8 +65,8 @@ def serve(connection: Connection, function: RewardFunction, timeout_seconds: flo
                     answer = _answer(function.score(call.items))
                 except BaseException as error:  # also SystemExit: whatever the plugin throws is its own
                     answer = _failure(error)
-                _send(connection, {"call": number, **answer, "seconds": time.perf_counter() - start})
-        _send(connection, {"resident": resident_bytes()})
+                _send(connection, {"call": number, **answer, "seconds": time.perf_counter() - start, **news()})
+        _send(connection, {"resident": resident_bytes(), **news()})
 
 
 async def _serve_async(

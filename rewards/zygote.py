@@ -4,13 +4,15 @@ It runs no reward itself and has one thread, so forking is safe. Processes that 
 (it is a subreaper), wherever they hid, and are killed.
 
 Over its control socket it gets one byte at a time: `f` fork (with the worker's end of a socket), `k` kill the worker and all
-its descendants, `s` sweep. It answers each with a JSON line.
+its descendants, `s` sweep, `i` import modules that a worker turned out to need (their names follow). It answers each with a
+JSON line.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import pickle
@@ -62,10 +64,24 @@ def main(number: int) -> None:
             worker = 0
         elif command == b"s":
             _reply(control, {"strays": _sweep(worker)})
+        elif command == b"i":
+            _reply(control, {"imported": _import(json.loads(_receive(control)))})
         else:  # closed
             _kill_tree(worker)
             _sweep(0)
             return
+
+
+def _import(names: list[str]) -> int:
+    """Import what there is; what cannot be imported by name alone, a worker imports by itself as before."""
+    count = 0
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception:  # other people's modules may fail in any way
+            continue
+        count += 1
+    return count
 
 
 def _receive(control: socket.socket) -> bytes:

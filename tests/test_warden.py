@@ -101,8 +101,9 @@ def items(texts: Sequence[str]) -> list[list[Item]]:
     return [[Item(text, None, {})] for text in texts]
 
 
-def judge(nasty: Path, texts: Sequence[str], function: str = "single", **limits: Any) -> Report:
+def judge(nasty: Path, texts: Sequence[str], function: str = "single", warm: bool = True, **limits: Any) -> Report:
     with Warden(RewardFunction("nasty", f"{nasty}:{function}"), Limits(**{"timeout_seconds": 0.5, **limits})) as warden:
+        warden.score(items(["warm"]) if warm else [])  # the very first call has more time
         return warden.score(items(texts))
 
 
@@ -227,6 +228,31 @@ def test_a_warden_can_be_used_again_and_survives_the_loss_of_its_processes(nasty
         for process in psutil.Process().children(recursive=True):
             process.kill()
         assert statuses(warden.score(items(["fine"] * 3))) == ["ok"] * 3
+
+
+LAZY = """
+import os, sys
+
+def score(completion, answer, **metadata):
+    if completion == "die":
+        os._exit(1)
+    if "slow_to_import" not in sys.modules:
+        with open(os.environ["IMPORTS"], "a") as file:
+            file.write("x")
+    import slow_to_import
+    return slow_to_import.value
+"""
+
+
+def test_what_the_first_call_imports_its_successors_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow import inside the function would be too late for every new worker's first call."""
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(0.8)\nvalue = 0.5\n")
+    (tmp_path / "lazy.py").write_text(LAZY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("IMPORTS", str(tmp_path / "imports"))
+    report = judge(tmp_path / "lazy.py", ["fine", "die", "fine", "die", "fine"], "score", warm=False)
+    assert statuses(report) == ["ok", "crash", "ok", "crash", "ok"]
+    assert (tmp_path / "imports").read_text() == "x"
 
 
 def test_a_reward_that_cannot_be_imported_says_so(tmp_path: Path) -> None:
