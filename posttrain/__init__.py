@@ -2,17 +2,19 @@
 
 The rooms:
 
-    stages          sft.py, reward_model.py, grpo.py, pipeline.py: each file is its stage's algorithm; cli.py is their
-                    command line
+    stages          sft.py, reward_model.py, grpo.py, upcycle.py, pipeline.py: each file is its stage's
+                    algorithm; cli.py is their command line
     description     recipe.py (the door), sections.py (what stages share), sft_recipe.py, reward_model_recipe.py,
                     grpo_recipe.py; recipe_file.py (YAML), plan.py (what it would do), records.py (its data)
     what flows      types.py: Prompt, Completion, Group, Sample, Microbatch, TrainBatch
-    mathematics     losses.py, balance_losses.py, advantages.py, packing.py: pure functions
+    mathematics     losses.py, policy_losses.py, balance_losses.py, advantages.py, packing.py: pure functions; algorithms.py
+                    (presets), objective.py (a recipe's loss), conformance.py (the same gradient for every layout)
     SFT             sft_data.py (chats to packed rows), preflight.py (a look before the first step), sft_trainer.py (losses,
                     checkpoints), sft_callbacks.py, sft_parts.py (puts them together)
     reward model    reward_data.py (pairs to tokens), reward_trainer.py, reward_metrics.py (what its scores are worth),
                     reward_view.py, reward_parts.py (puts them together); rewards/learned.py scores with it
     TRL's trainers  trainer_arguments.py, whole_checkpoints.py, ranks.py: what both of the above use
+    rewards         reward_setup.py, reward_pool.py (actors around rewards.warden), audit.py (a verifier beside the rewards)
     engines         sampler.py with vllm_extension.py (vLLM), learner.py (accelerate)
     the policy      model/: load, router, balance, mtp (multi-token prediction), lora, upcycle, policy_files, reward_head
     agreement       wire.py, weights.py (publication and its receipt), parity.py (sampler against learner, token by token)

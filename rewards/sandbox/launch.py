@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from rewards.errors import Unavailable
 from rewards.sandbox.confine import landlock_version
 from rewards.sandbox.limits import Mode
 
@@ -47,7 +48,7 @@ print(json.dumps({"version": sys.version_info[:2], "prefix": sys.base_prefix, "p
 """
 
 
-class SandboxUnavailableError(RuntimeError):
+class SandboxUnavailableError(Unavailable):
     """This machine cannot run programs in the sandbox that was asked for; says what is missing and the cure."""
 
 
