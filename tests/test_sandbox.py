@@ -315,6 +315,14 @@ def test_a_hundred_in_a_row(mode: Mode) -> None:
     assert len(os.listdir("/proc/self/fd")) < 200
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_sandboxes_that_are_still_starting_are_ended_whole(mode: Mode) -> None:
+    for milliseconds in range(0, 60, 3):
+        pool = Pool(mode, warm=1)
+        time.sleep(milliseconds / 1000)
+        pool.close()  # the fixture looks for what is left
+
+
 @bubblewrap
 def test_no_more_than_the_workers_run_at_a_time() -> None:
     pool = Pool("bubblewrap", workers=2, warm=0)

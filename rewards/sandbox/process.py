@@ -167,9 +167,15 @@ class Sandbox:
         """Take hold of the sandbox's first process, which bubblewrap names as soon as it exists."""
         if self._mode != "bubblewrap" or self._first is not None:
             return
-        deadline = time.monotonic() + START_SECONDS
-        if _wait(self._info, select.POLLIN, deadline) and (text := os.read(self._info, 4096)):
-            self._first = os.pidfd_open(int(json.loads(text)["child-pid"]))
+        deadline, text = time.monotonic() + START_SECONDS, b""
+        while b"}" not in text and _wait(self._info, select.POLLIN, deadline):  # it writes the object in pieces
+            part = os.read(self._info, 4096)
+            if not part:
+                return  # bubblewrap gave up before there was a process
+            text += part
+        if b"}" in text:
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and bubblewrap with it
+                self._first = os.pidfd_open(int(json.loads(text)["child-pid"]))
 
     def _lose(self, error: SandboxGoneError) -> Outcome:
         """The sandbox failed by itself; the reason, with what bubblewrap or Python said last, is every case's outcome."""
