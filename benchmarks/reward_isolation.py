@@ -4,8 +4,8 @@
 
 Runs `recipes/tiny/grpo.yaml` twice from the same SFT checkpoint: with its accuracy reward as it is, and with the same reward
 hanging on 5% of calls, crashing on 5% (half by an exception, half by the death of its process), leaking a megabyte and, on
-one call in twenty, leaving a process behind. Compared is the time of the loop, after a warm-up step, with the time limits
-that the hanging calls used up taken out.
+one call in twenty, leaving a process behind. Compared is the time of the loop, after a warm-up step, with that of the
+well-behaved reward plus the time limits that hanging calls used up.
 
 The last line is one JSON object.
 """
@@ -66,7 +66,7 @@ def run(name: str, func: str, arguments: argparse.Namespace, directory: Path) ->
     return {
         "steps": len(lines),
         "seconds": round(seconds, 1),
-        "seconds_without_limits": round(seconds - LIMIT * counts["timeout"], 1),
+        "seconds_of_limits": round(LIMIT * counts["timeout"], 1),
         "seconds_in_rewards": round(sum(line["time/reward"] for line in lines[1:]), 1),
         "reward_first": lines[0]["reward/mean"],
         "reward_last": lines[-1]["reward/mean"],
@@ -87,7 +87,8 @@ def main() -> None:
             "well-behaved": run("good", "rewards.task_answer:score", arguments, Path(place)),
             "misbehaving": run("wild", f"{wild}:score", arguments, Path(place)),
         }
-    ratio = found["misbehaving"]["seconds_without_limits"] / found["well-behaved"]["seconds"]
+    wild = found["misbehaving"]
+    ratio = wild["seconds"] / (found["well-behaved"]["seconds"] + wild["seconds_of_limits"])
     for name, figures in found.items():
         print(name)
         print("".join(f"  {key:<24}{value}\n" for key, value in figures.items()))
