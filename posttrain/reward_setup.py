@@ -30,9 +30,11 @@ def build_rewards(sections: Sequence[RewardSection]) -> tuple[RewardFunction, ..
 
 def build_limits(section: RewardSection, form: Form) -> Limits:
     """What the function may do."""
+    # CUDA reserves far more addresses than memory, and addresses are what the limit is on.
+    is_unbounded = bool(section.num_gpus) and "max_memory_gib" not in section.model_fields_set
     return Limits(
         timeout_seconds=section.timeout_seconds or TIMEOUTS[form],
-        max_memory_gib=section.max_memory_gib,
+        max_memory_gib=None if is_unbounded else section.max_memory_gib,
         max_processes=section.max_processes,
         max_concurrency=section.max_concurrency,
         batch_size=section.batch_size,
