@@ -38,6 +38,7 @@ class Parts:
             reference_path=str(path),
             bias_update_speed=0.01,
             temperature=0.8,
+            max_completion_length=24,
             total_steps=100,
             seed=0,
         )
@@ -138,6 +139,7 @@ def test_two_ranks_give_the_gradient_of_one(parts: Parts, policy_path: Path) -> 
         reference_path=str(policy_path),
         bias_update_speed=0.0,
         temperature=0.8,
+        max_completion_length=24,
         total_steps=1,
         seed=0,
     )

@@ -150,6 +150,47 @@ def test_a_reward_that_only_fails_stops_the_run_and_says_why(recipe: Path, tmp_p
     assert command.left_behind() == []
 
 
+def test_a_renewed_reference_is_kept_for_a_resumed_run(recipe: Path, tmp_path: Path) -> None:
+    """With a fresh reference before each step, the KL to it is that of the step alone, after resuming as well."""
+    out = tmp_path / "run"
+    keys = "algorithm={preset: r1, beta: 0.05, reference_refresh_steps: 1, num_minibatches: 1}"
+    code, output = run("posttrain.grpo", str(recipe), f"output_dir={out}", keys)
+    assert code == 0, output
+    # One minibatch: the loss is taken before its step, where policy and reference are the same.
+    assert all(line["policy/kl_ref"] < 1e-6 for line in metrics(out))
+    assert {path.name for path in (out / "references").glob("step-*")} == {"step-1", "step-2", "step-3"}
+    code, output = run("posttrain.grpo", str(recipe), f"output_dir={out}", keys, "max_steps=4", "--resume")
+    assert code == 0, output
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
+    assert metrics(out)[-1]["policy/kl_ref"] < 1e-6
+    # Without renewal the reference stays where training began.
+    code, output = run(
+        "posttrain.grpo", str(recipe), f"output_dir={tmp_path / 'other'}", keys, "algorithm.reference_refresh_steps=0"
+    )
+    assert code == 0, output
+    assert metrics(tmp_path / "other")[-1]["policy/kl_ref"] > 1e-6
+
+
+def test_dynamic_sampling_replaces_groups_without_signal(recipe: Path, tmp_path: Path) -> None:
+    """A reward that tells only some prompts apart: more is sampled than trained on."""
+    (tmp_path / "some.py").write_text(
+        "def score(completion, answer, messages, **metadata):\n"
+        "    told_apart = sum(map(ord, messages[-1]['content'])) % 3 == 0\n"
+        "    return (len(completion) + completion.count('e')) % 5 / 5 if told_apart else 0.5\n"
+    )
+    out = tmp_path / "run"
+    rewards = f"rewards=[{{func: '{tmp_path}/some.py:score'}}]"
+    code, output = run(
+        "posttrain.grpo", str(recipe), f"output_dir={out}", rewards, "algorithm={preset: dapo, num_minibatches: 1}"
+    )
+    assert code == 0, output
+    lines = metrics(out)
+    assert (
+        all(4 <= line["groups/sampled"] <= 12 for line in lines) and max(line["groups/sampled"] for line in lines) > 4
+    )
+    assert all(line["optim/steps"] >= 1 for line in lines)
+
+
 def test_a_skipped_publication_stops_the_run(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = Command("posttrain.grpo", str(recipe), f"output_dir={out}", "faults.skip_publication=2")
