@@ -105,6 +105,7 @@ def test_an_actor_that_is_killed_is_started_again_and_its_part_is_done(rewards: 
         score(pool, [["a"]])
         actors = [p for p in psutil.process_iter(["cmdline"]) if "_RewardActor" in " ".join(p.info["cmdline"] or ())]
         assert actors
+
         def kill() -> None:
             time.sleep(0.5)
             for process in actors:
