@@ -18,7 +18,7 @@ from posttrain.errors import RunStopped
 from posttrain.metrics import Metric, MetricsLog
 from posttrain.parity import ParityReport
 from posttrain.progress import Progress, before_after_table, paths_written
-from posttrain.recipe import GrpoRecipe
+from posttrain.recipe import GrpoRecipe, ModelSection
 from posttrain.recipe_file import dump_recipe
 from posttrain.records import load_records
 from posttrain.rollout import Rollout
@@ -181,7 +181,7 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
         RunStopped: resuming without a whole checkpoint.
         ParityError: the samplers do not hold the learner's weights at the start.
     """
-    from posttrain.cluster import LearnerGroup, SamplerPool, session
+    from posttrain.cluster import SamplerPool, session
     from posttrain.model.load import load_tokenizer
     from posttrain.reward_pool import RewardPool
     from posttrain.weights import Publisher, canary_sequences
@@ -197,27 +197,9 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
     assert path is not None
     tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
     prompts = PromptStream(load_records(recipe.datasets, "train", recipe.seed), tokenizer, recipe.seed)
-    num_cpus = sum(
-        [
-            recipe.learner.num_workers * recipe.learner.num_cpus,
-            recipe.sampler.num_workers * recipe.sampler.num_cpus,
-            *(reward.num_workers * reward.num_cpus for reward in recipe.rewards),
-        ]
-    )
-    with session(recipe.ray_address, num_cpus):
+    with session(recipe.ray_address, _cpus(recipe)):
         samplers = SamplerPool(model, recipe.sampler, recipe.seed, skip_version=recipe.faults.skip_publication)
-        learner = LearnerGroup(
-            recipe.learner,
-            model=model,
-            optimizer=recipe.optimizer,
-            reference_path=_reference(recipe, run_dir, found) if recipe.algorithm.beta else None,
-            origin=recipe.model.model_name_or_path,
-            bias_update_speed=recipe.router.bias_update_speed,
-            temperature=recipe.rollout.temperature,
-            max_completion_length=recipe.rollout.max_completion_length,
-            total_steps=recipe.max_steps * recipe.algorithm.num_minibatches * recipe.algorithm.num_iterations,
-            seed=recipe.seed,
-        )
+        learner = _learner(recipe, model, _reference(recipe, run_dir, found))
         rewards = RewardPool(recipe.rewards)
         verifier = RewardPool([recipe.audit.verifier]) if recipe.audit else None
         audit = RewardAudit(recipe.audit, verifier.score, recipe.seed) if recipe.audit and verifier else None
@@ -259,8 +241,39 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
                     pool.stop()
 
 
+def _cpus(recipe: GrpoRecipe) -> float:
+    """What the actors of a run reserve."""
+    rewards = [*recipe.rewards, *([recipe.audit.verifier] if recipe.audit else [])]
+    engines = (
+        recipe.learner.num_workers * recipe.learner.num_cpus + recipe.sampler.num_workers * recipe.sampler.num_cpus
+    )
+    return engines + sum(reward.num_workers * reward.num_cpus for reward in rewards)
+
+
+def _learner(recipe: GrpoRecipe, model: ModelSection, reference_path: str | None) -> LearnerGroup:
+    from posttrain.cluster import LearnerGroup
+
+    return LearnerGroup(
+        recipe.learner,
+        model=model,
+        optimizer=recipe.optimizer,
+        reference_path=reference_path,
+        origin=recipe.model.model_name_or_path,
+        bias_update_speed=recipe.router.bias_update_speed,
+        temperature=recipe.rollout.temperature,
+        max_completion_length=recipe.rollout.max_completion_length,
+        total_steps=recipe.max_steps * recipe.algorithm.num_minibatches * recipe.algorithm.num_iterations,
+        seed=recipe.seed,
+    )
+
+
 def _reference(recipe: GrpoRecipe, run_dir: RunDir, resumed_from: Path | None) -> str | None:
-    """The reference policy: the one that training started from, or the one that was renewed last before the checkpoint."""
+    """The reference policy: the one that training started from, or the one that was renewed last before the checkpoint.
+
+    None where the recipe needs none.
+    """
+    if not recipe.algorithm.beta:
+        return None
     if resumed_from is not None:
         step = checkpoint.load_progress(resumed_from)["step"]
         kept = [
