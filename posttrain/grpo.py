@@ -53,6 +53,7 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
         job.rewards.score,
         num_prompts=recipe.rollout.num_prompts,
         params=job.sampling,
+        max_batches=recipe.algorithm.dynamic_sampling_batches,
     )
     while job.step < recipe.max_steps and not stop:
         start = time.perf_counter()

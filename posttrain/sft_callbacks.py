@@ -37,6 +37,10 @@ class LogSteps(TrainerCallback):
     def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._progress.set_total(state.max_steps)
 
+    def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # whatever `logging_steps` is, a run ends with its numbers
+
     def on_log(
         self,
         args: Arguments,

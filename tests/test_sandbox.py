@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -52,11 +53,24 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No process of a test outlives it, wherever it was re-parented to. A secret stands in the environment."""
     monkeypatch.setenv("POSTTRAIN_TEST_SECRET", SECRET)
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans of all depths become our children
-    before = set(psutil.Process().children(recursive=True))
+    before = children()
     yield
-    left = [process for process in psutil.Process().children(recursive=True) if process not in before]
+    # What was killed a moment ago is a zombie until we, its parent now, have asked for its end.
+    deadline = time.monotonic() + 5
+    while left := children() - before:
+        for process in left:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(process.pid, os.WNOHANG)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
     ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)
-    assert left == []
+    assert not left
+
+
+def children() -> set[psutil.Process]:
+    """Every process below this one."""
+    return set(psutil.Process().children(recursive=True))
 
 
 def execute(program: str, mode: Mode = "bubblewrap", limits: Limits = QUICK, stdin: str = "") -> Outcome:
@@ -175,10 +189,11 @@ def test_fork_bomb_is_bounded() -> None:
     begin = time.monotonic()
     seen: list[int] = []
     stop = threading.Event()
+    others = children()
 
     def watch() -> None:
         while not stop.wait(0.05):
-            seen.append(len(psutil.Process().children(recursive=True)))
+            seen.append(len(children() - others))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -246,12 +261,13 @@ def test_runs_do_not_see_each_other(mode: Mode) -> None:
 @bubblewrap
 def test_root_gives_up_root() -> None:
     pool = Pool("bubblewrap", warm=0)
+    others = children()
     try:
         with pool.sandbox("import time; time.sleep(60)", Limits(seconds=1)) as sandbox:
             thread = threading.Thread(target=sandbox.run, args=(Stdin(),))
             thread.start()
             time.sleep(0.5)
-            users = [process.uids().real for process in psutil.Process().children(recursive=True)]
+            users = [process.uids().real for process in children() - others]
             thread.join()
             # bubblewrap, the first process inside, the program: as the machine sees them.
             assert users == [os.getuid() or launch.NOBODY] * 3
@@ -295,8 +311,6 @@ def test_everything_dies_with_a_killed_parent(tmp_path: Path) -> None:
     parent.stdout.close()
     _, alive = psutil.wait_procs(inside, timeout=5)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
-    for process in alive:  # orphans of this test, adopted by it
-        os.waitpid(process.pid, 0)
 
 
 # ---- the machinery itself
