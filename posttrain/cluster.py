@@ -235,6 +235,7 @@ class LearnerGroup:
             gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
         self.world_size = section.num_workers
         self._section = section
+        self._replay = arguments["router_section"].replay
         threads = str(section.num_threads)
         # torch reads its thread settings when it is imported, which unpickling may do before `start` runs.
         quiet = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
@@ -310,6 +311,7 @@ class LearnerGroup:
             max_tokens_per_microbatch=self._section.max_tokens_per_microbatch,
             row_length=self._section.row_length,
             pad_token_id=0,
+            with_experts=self._replay,
         )
 
 

@@ -259,7 +259,7 @@ def _learner(recipe: GrpoRecipe, model: ModelSection, reference_path: str | None
         optimizer=recipe.optimizer,
         reference_path=reference_path,
         origin=recipe.model.model_name_or_path,
-        bias_update_speed=recipe.router.bias_update_speed,
+        router_section=recipe.router,
         temperature=recipe.rollout.temperature,
         max_completion_length=recipe.rollout.max_completion_length,
         total_steps=recipe.max_steps * recipe.algorithm.num_minibatches * recipe.algorithm.num_iterations,

@@ -38,8 +38,17 @@ class RolloutSection(Section):
     num_generations: Annotated[int, BeforeValidator(no_bool), Field(ge=2)] = 16
     max_completion_length: PositiveInt = 128
     temperature: Annotated[Number, Field(gt=0)] = 1.0
-    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    top_k: NonNegativeInt = 0
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0  # below 1 top_k is needed too
+    top_k: NonNegativeInt = 0  # 0 keeps the whole vocabulary
+
+    @model_validator(mode="after")
+    def _candidates_are_bounded(self) -> RolloutSection:
+        if self.top_p < 1 and not self.top_k:
+            raise ValueError(
+                f"top_p={self.top_p:g} without top_k: the tokens that could be sampled are kept for the learner, and without "
+                f"a bound that may be the whole vocabulary at each place; set top_k as well, e.g. 64"
+            )
+        return self
 
 
 class AlgorithmSection(Section):
@@ -101,6 +110,22 @@ class AlgorithmSection(Section):
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
 
+class GrpoRouterSection(RouterSection):
+    """The router in RL. By default it routes as it is and its weights train; the correction bias stays."""
+
+    replay: bool = False  # the learner uses the experts that the sampler chose
+    bias_counts: Literal["learner", "sampler"] = "learner"  # whose choices move the bias; sampler needs replay
+
+    @model_validator(mode="after")
+    def _counts_are_there(self) -> GrpoRouterSection:
+        if self.bias_counts == "sampler" and not (self.replay and self.bias_update_speed):
+            raise ValueError(
+                "bias_counts: sampler counts replayed experts to move the correction bias; set replay: true and a "
+                "bias_update_speed as well, or leave it out"
+            )
+        return self
+
+
 class LearnerSection(Section):
     num_workers: PositiveInt = 1  # accelerate ranks
     num_cpus: NonNegative = 1  # what Ray reserves for one rank
@@ -159,7 +184,7 @@ class GrpoRecipe(Recipe):
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     optimizer: OptimizerSection = OptimizerSection()
-    router: RouterSection = RouterSection()
+    router: GrpoRouterSection = GrpoRouterSection()
     learner: LearnerSection = LearnerSection()
     sampler: SamplerSection = SamplerSection()
     parity: ParitySection = ParitySection()
