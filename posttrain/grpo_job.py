@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from posttrain import checkpoint
 from posttrain.audit import Look, RewardAudit, write_look
 from posttrain.errors import RunStopped
 from posttrain.metrics import Metric, MetricsLog
-from posttrain.parity import ParityReport
+from posttrain.parity import Mismatch, ParityReport
 from posttrain.progress import Progress, before_after_table, paths_written
 from posttrain.recipe import GrpoRecipe, ModelSection
 from posttrain.recipe_file import dump_recipe
@@ -52,6 +52,7 @@ class GrpoJob:
     started: float = field(default_factory=time.perf_counter)
     last_metrics: dict[str, Metric] = field(default_factory=dict)
     saved_step: int = -1
+    cursor: Mapping[str, Any] = field(default_factory=dict)  # of the prompts, after those that were trained on
 
     @property
     def sampling(self) -> SamplingParams:
@@ -69,6 +70,7 @@ class GrpoJob:
         batch: Rollout,
         advantages: Sequence[Sequence[float]],
         parity: ParityReport,
+        apart: Mismatch,
         learned: dict[str, Metric],
         receipts: Sequence[Receipt],
         seconds: dict[str, float],
@@ -82,6 +84,7 @@ class GrpoJob:
         metrics = {
             **batch.metrics(self.step - 1),
             **parity.metrics(),
+            **apart.metrics(),
             **learned,
             **publication_metrics(receipts),
             **{name: Metric(value, "mean") for name, value in seconds.items()},
@@ -98,6 +101,7 @@ class GrpoJob:
         self.log.log(self.step, metrics)
         self.run_dir.write_samples(self.step, batch.groups, advantages)
         self.last_metrics = metrics
+        self.cursor = batch.cursor
         for complaint in batch.complaints:
             progress.note(complaint)
         progress.update(self.step, metrics)
@@ -133,7 +137,10 @@ class GrpoJob:
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
         self.saved_step = self.step
-        state = {"prompts": self.prompts.state(), **({"audit": self.audit.state()} if self.audit else {})}
+        state = {
+            "prompts": self.cursor or self.prompts.state(),
+            **({"audit": self.audit.state()} if self.audit else {}),
+        }
         return checkpoint.save(
             self.run_dir.checkpoints,
             self.step,
@@ -198,7 +205,9 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
     tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
     prompts = PromptStream(load_records(recipe.datasets, "train", recipe.seed), tokenizer, recipe.seed)
     with session(recipe.ray_address, _cpus(recipe)):
-        samplers = SamplerPool(model, recipe.sampler, recipe.seed, skip_version=recipe.faults.skip_publication)
+        samplers = SamplerPool(
+            model, recipe.sampler, recipe.seed, skip_version=recipe.faults.skip_publication, rollout=recipe.rollout
+        )
         learner = _learner(recipe, model, _reference(recipe, run_dir, found))
         rewards = RewardPool(recipe.rewards)
         verifier = RewardPool([recipe.audit.verifier]) if recipe.audit else None

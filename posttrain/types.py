@@ -73,6 +73,21 @@ class Completion:
     token_versions: tuple[int, ...] | None = None  # [T_completion], None when all are of policy_version
     candidates_TC: np.ndarray | None = None  # int32 [T_completion, C], -1 fills up; None when nothing was left out
 
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """[T_completion], the version of the policy that sampled each token."""
+        return self.token_versions or (self.policy_version,) * len(self.token_ids)
+
+    def stale_tokens(self, version: int, *, keeps_cache: bool) -> int:
+        """How many of the tokens, from the first on, are not those of this version of the policy.
+
+        Args:
+            version: the policy's.
+            keeps_cache: whether later tokens saw keys and values that an earlier version had left: then none is.
+        """
+        older = sum(own != version for own in self.versions)
+        return len(self.token_ids) if older and keeps_cache else older
+
 
 @dataclass(frozen=True, slots=True)
 class RewardResult:
