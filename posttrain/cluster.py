@@ -21,7 +21,14 @@ import ray
 from posttrain.errors import ParityError, RunStopped
 from posttrain.metrics import Metric, merge
 from posttrain.packing import pack
-from posttrain.recipe import AlgorithmSection, LearnerSection, ModelSection, RolloutSection, SamplerSection
+from posttrain.recipe import (
+    AlgorithmSection,
+    FaultsSection,
+    LearnerSection,
+    ModelSection,
+    RolloutSection,
+    SamplerSection,
+)
 from posttrain.types import Completion, Prompt, Sample, SamplingParams, TrainBatch
 from posttrain.wire import Digest, LoadReport, WeightSnapshot, canary_sample, to_chunks
 
@@ -81,7 +88,7 @@ class _SamplerActor:
         model: ModelSection,
         section: SamplerSection,
         seed: int,
-        skip_version: int | None,
+        faults: FaultsSection,
         rollout: RolloutSection,
     ) -> None:
         from posttrain.sampler import Sampler
@@ -97,7 +104,7 @@ class _SamplerActor:
             seed=seed,
             max_candidates=rollout.top_k,
         )
-        self._skip_version = skip_version
+        self._faults = faults
         self._recompute = rollout.cache_on_update == "recompute"
 
     def ready(self) -> str:
@@ -114,7 +121,12 @@ class _SamplerActor:
             chunk = ray.get(handle)
             digest.add(chunk)
             tensors.extend((wire.name, wire.tensor()) for wire in chunk)
-        if snapshot.version != self._skip_version:
+        if self._faults.router_noise and snapshot.version in (self._faults.noisy_versions or (snapshot.version,)):
+            tensors = [
+                (name, noisy(tensor, self._faults.router_noise) if name.endswith("gate.weight") else tensor)
+                for name, tensor in tensors
+            ]
+        if snapshot.version != self._faults.skip_publication:
             self._sampler.update_weights(tensors, snapshot.version, recompute=self._recompute)
         seconds = time.perf_counter() - start
         scored = self._sampler.prompt_logprobs(canary)
@@ -123,6 +135,14 @@ class _SamplerActor:
             for sequence, (logprobs, experts) in zip(canary, scored, strict=True)
         )
         return LoadReport(snapshot.version, digest.hexdigest(), seconds, samples)
+
+
+def noisy(tensor: Any, deviation: float) -> Any:
+    """With normal noise, always the same for the same shape: a deliberate fault."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return tensor + (deviation * torch.randn(tensor.shape, generator=generator)).to(tensor)
 
 
 class SamplerPool:
@@ -137,12 +157,12 @@ class SamplerPool:
         model: ModelSection,
         section: SamplerSection,
         seed: int,
-        skip_version: int | None = None,
+        faults: FaultsSection | None = None,
         rollout: RolloutSection | None = None,
     ) -> None:
         from posttrain.sampler import engine_environment
 
-        rollout = rollout or RolloutSection()
+        faults, rollout = faults or FaultsSection(), rollout or RolloutSection()
         actor = ray.remote(_SamplerActor)
         gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
         self._actors = [
@@ -152,7 +172,7 @@ class SamplerPool:
                 # A load that waits its turn is all that is needed where updates are not in flight.
                 max_concurrency=4 if rollout.in_flight_updates else 1,
                 runtime_env={"env_vars": engine_environment(section.num_threads, section.kv_cache_gib)},
-            ).remote(model, section, seed + index, skip_version, rollout)
+            ).remote(model, section, seed + index, faults, rollout)
             for index in range(section.num_workers)
         ]
         self._admitted = list(range(section.num_workers))
@@ -326,6 +346,10 @@ class LearnerGroup:
 
     def restore(self, path: str) -> None:
         ray.get([actor.call.remote("restore", path) for actor in self._actors])
+
+    def roll_back(self, path: str) -> None:
+        """Take weights, optimizer and schedule of an earlier checkpoint, on every rank."""
+        ray.get([actor.call.remote("roll_back", path) for actor in self._actors])
 
     def renew_reference(self) -> None:
         """The policy as it is becomes the reference, on every rank."""

@@ -24,6 +24,7 @@ from dataclasses import replace
 from functools import partial
 
 from posttrain import advantages, grpo_job, rollout
+from posttrain.breaker import Verdict
 from posttrain.cli import run_stage
 from posttrain.grpo_job import GrpoJob
 from posttrain.interrupt import StopRequest, graceful_stop
@@ -69,7 +70,8 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
             sampled = time.perf_counter()
             samples, parity, apart = score(batch, batch_advantages, job)
             require_parity(parity, recipe.parity)
-            learned = learn(samples, job)
+            verdict = job.look_for_mismatch(apart)
+            learned = learn(samples, job, verdict)
 
             trained = time.perf_counter()
             receipts = job.publisher.publish(job.step + 1)
@@ -83,6 +85,8 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
                 "time/step": time.perf_counter() - start,
             }
             job.end_step(batch, batch_advantages, parity, apart, learned, receipts, seconds, progress)
+            if verdict.action:
+                progress.note(f"breaker, step {job.step}: {verdict.action}: {verdict.reason}")
 
 
 def group_advantages(batch: Rollout, algorithm: AlgorithmSection) -> list[tuple[float, ...]]:
@@ -140,12 +144,18 @@ def token_advantages(samples: Sequence[Sample], algorithm: AlgorithmSection) -> 
     return list(samples)
 
 
-def learn(samples: list[Sample], job: GrpoJob) -> dict[str, Metric]:
+def learn(samples: list[Sample], job: GrpoJob, verdict: Verdict) -> dict[str, Metric]:
     """One optimizer step per minibatch; the minibatches are random parts of the rollout batch.
 
     With `algorithm.target_kl` the rest of a batch is left when the policy has moved that far from the one it was sampled by.
+    What the breaker says comes first: "mask" leaves out the tokens whose ratio to the sampler is too far from 1; after
+    "publish" and "rollback" nothing is learnt, and the same or the restored weights are published as the next version.
     """
     algorithm = job.recipe.algorithm
+    if verdict.action == "mask":
+        algorithm = algorithm.model_copy(update={"importance": "mask", "old_policy": "learner"})
+    elif verdict.action:
+        return verdict.metrics()
     generator = random.Random(f"{job.recipe.seed}/{job.step}")
     metrics = []
     for _ in range(algorithm.num_iterations):
@@ -157,8 +167,8 @@ def learn(samples: list[Sample], job: GrpoJob) -> dict[str, Metric]:
             losses = job.learner.forward_backward(minibatch, algorithm)
             metrics.append({**losses, **job.learner.optim_step(), "optim/steps": Metric(1, "sum")})
             if algorithm.target_kl is not None and losses["policy/kl_old"].value > algorithm.target_kl:
-                return merge(metrics)
-    return merge(metrics)
+                return {**merge(metrics), **verdict.metrics()}
+    return {**merge(metrics), **verdict.metrics()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from eval.report import write_report
 from eval.suite import EvalResult, eval_prompts, evaluate
 from posttrain import checkpoint
 from posttrain.audit import Look, RewardAudit, write_look
+from posttrain.breaker import Breaker, Verdict
 from posttrain.errors import RunStopped
 from posttrain.metrics import Metric, MetricsLog
 from posttrain.parity import Mismatch, ParityReport
@@ -48,6 +49,7 @@ class GrpoJob:
     samplers: SamplerPool
     publisher: Publisher
     audit: RewardAudit | None = None
+    breaker: Breaker | None = None
     step: int = 0
     started: float = field(default_factory=time.perf_counter)
     last_metrics: dict[str, Metric] = field(default_factory=dict)
@@ -109,7 +111,9 @@ class GrpoJob:
             self._heed(look, progress)
         save_steps = self.recipe.checkpoint.save_steps
         # The first step is always saved: a full disk or a missing permission shows before hours are spent.
-        if self.step == 1 or (save_steps and self.step % save_steps == 0):
+        is_due = self.step == 1 or (save_steps and self.step % save_steps == 0)
+        # A checkpoint of doubtful steps would push out the one to go back to.
+        if is_due and not (self.breaker and self.breaker.is_tripped):
             self.save()
 
     def _heed(self, look: Look, progress: Progress) -> None:
@@ -125,6 +129,34 @@ class GrpoJob:
                 f"suspicious.jsonl, mend the reward, and go on with --resume or from an earlier checkpoint"
             )
 
+    def look_for_mismatch(self, apart: Mismatch) -> Verdict:
+        """Ask the breaker about the samples of the step, and do what concerns more than this step.
+
+        Raises:
+            RunStopped: the breaker stops the run, or is to roll back and there is no checkpoint to go to.
+        """
+        if self.breaker is None:
+            return Verdict(None)
+        verdict = self.breaker.look(apart, self.step)
+        if verdict.action == "rollback":
+            good = [
+                path
+                for path in checkpoint.whole(self.run_dir.checkpoints)
+                if checkpoint.load_progress(path)["step"] < verdict.first_bad_version
+            ]
+            if not good:
+                raise RunStopped(
+                    f"{verdict.reason}; there is no checkpoint from before version {verdict.first_bad_version}"
+                )
+            self.learner.roll_back(str(good[-1].resolve()))
+        if verdict.action == "stop":
+            self.save()
+            raise RunStopped(
+                f"{verdict.reason}: sampler and learner are too far apart to train; a checkpoint was saved, mend what the "
+                f"causes point to (docs/grpo.md) and go on with --resume"
+            )
+        return verdict
+
     def renew_reference_when_due(self) -> None:
         """Make the policy the reference every `reference_refresh_steps` steps, and keep it for a resumed run."""
         every = self.recipe.algorithm.reference_refresh_steps
@@ -137,9 +169,10 @@ class GrpoJob:
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
         self.saved_step = self.step
+        parts = {"audit": self.audit, "breaker": self.breaker}
         state = {
             "prompts": self.cursor or self.prompts.state(),
-            **({"audit": self.audit.state()} if self.audit else {}),
+            **{name: part.state() for name, part in parts.items() if part is not None},
         }
         return checkpoint.save(
             self.run_dir.checkpoints,
@@ -205,13 +238,12 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
     tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
     prompts = PromptStream(load_records(recipe.datasets, "train", recipe.seed), tokenizer, recipe.seed)
     with session(recipe.ray_address, _cpus(recipe)):
-        samplers = SamplerPool(
-            model, recipe.sampler, recipe.seed, skip_version=recipe.faults.skip_publication, rollout=recipe.rollout
-        )
+        samplers = SamplerPool(model, recipe.sampler, recipe.seed, faults=recipe.faults, rollout=recipe.rollout)
         learner = _learner(recipe, model, _reference(recipe, run_dir, found))
         rewards = RewardPool(recipe.rewards)
         verifier = RewardPool([recipe.audit.verifier]) if recipe.audit else None
         audit = RewardAudit(recipe.audit, verifier.score, recipe.seed) if recipe.audit and verifier else None
+        breaker = Breaker(recipe.breaker) if recipe.breaker else None
         learner.wait_until_ready()
         samplers.wait_until_ready()
         canary = canary_sequences(
@@ -224,8 +256,9 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
             step = progress["step"]
             learner.restore(str(found.resolve()))
             prompts.restore(progress["prompts"])
-            if audit is not None and "audit" in progress:
-                audit.restore(progress["audit"])
+            for kept, part in (("audit", audit), ("breaker", breaker)):
+                if part is not None and kept in progress:
+                    part.restore(progress[kept])
         log = MetricsLog(run_dir.path, recipe.report_to, resume_step=step if resume else None)
         publisher.publish(step)
         try:
@@ -240,6 +273,7 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
                 samplers,
                 publisher,
                 audit,
+                breaker,
                 step,
                 saved_step=step,
             )

@@ -174,6 +174,24 @@ class ParitySection(Section):
     canary_length: Annotated[int, BeforeValidator(no_bool), Field(ge=2)] = 64  # tokens
 
 
+BreakerAction = Literal["mask", "publish", "rollback", "stop"]
+
+
+class BreakerSection(Section):
+    """What to do when the policy that samples and the one that trains come apart (see posttrain/breaker.py)."""
+
+    max_kl: Positive | None = None  # mismatch/kl, nats per token
+    min_effective_sample_size: Fraction = 0.0  # mismatch/effective_sample_size
+    actions: Annotated[tuple[BreakerAction, ...], Field(min_length=1)] = ("mask", "publish", "rollback", "stop")
+    healthy_steps: PositiveInt = 5  # steps within the limits after which the first action comes first again
+
+    @model_validator(mode="after")
+    def _has_limits(self) -> BreakerSection:
+        if self.max_kl is None and not self.min_effective_sample_size:
+            raise ValueError("a breaker without limits never trips; set max_kl or min_effective_sample_size")
+        return self
+
+
 class AuditSection(Section):
     """A verifier that the policy is not trained on looks at a sample of completions (see posttrain/audit.py)."""
 
@@ -190,6 +208,14 @@ class FaultsSection(Section):
     """Deliberate faults, to see that the safety net holds. Leave out in real runs."""
 
     skip_publication: PositiveInt | None = None  # the samplers pretend to load this version and keep the old weights
+    router_noise: Positive | None = None  # deviation of noise that samplers add to the router weights they load
+    noisy_versions: tuple[NonNegativeInt, ...] = ()  # router_noise: only of these versions; none named: of all
+
+    @model_validator(mode="after")
+    def _noise_is_there(self) -> FaultsSection:
+        if self.noisy_versions and self.router_noise is None:
+            raise ValueError(f"noisy_versions={list(self.noisy_versions)} without router_noise; set that too")
+        return self
 
 
 class GrpoRecipe(Recipe):
@@ -207,6 +233,7 @@ class GrpoRecipe(Recipe):
     learner: LearnerSection = LearnerSection()
     sampler: SamplerSection = SamplerSection()
     parity: ParitySection = ParitySection()
+    breaker: BreakerSection | None = None
     audit: AuditSection | None = None
     eval: EvalSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()

@@ -75,6 +75,7 @@ class Learner:
         # Where a prediction module is that is carried along: the run's own checkpoints may be deleted meanwhile.
         self._origin = origin or model.model_name_or_path
         self._tokenizer = load.load_tokenizer(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
+        self._section = model
         self._model = self._load(model, model.model_name_or_path)
         if learner.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -254,6 +255,12 @@ class Learner:
         state = torch.load(Path(path) / "trainer_state.pt", map_location="cpu", weights_only=True)
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
+
+    def roll_back(self, path: str | Path) -> None:
+        """Take weights, optimizer and schedule of an earlier checkpoint of this run."""
+        self.drop_gradients()
+        self._model.load_state_dict(self._load(self._section, str(path)).state_dict())
+        self.restore(path)
 
     def renew_reference(self) -> None:
         """The policy as it is becomes the reference."""
