@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
@@ -145,6 +146,74 @@ def with_kl_to_go(
         total -= beta * (logprob - ref)
         found.append(own + total)
     return tuple(reversed(found))
+
+
+def token_rewards(
+    reward: float, logprobs: Sequence[float], ref_logprobs: Sequence[float] | None, beta: float
+) -> tuple[float, ...]:
+    """The reward of each token: the completion's at its last, less the KL penalty of each (InstructGPT, arXiv 2203.02155).
+
+    Args:
+        reward: of the completion.
+        logprobs: [T], of the sampled tokens under the policy.
+        ref_logprobs: [T], under the reference; None without one.
+        beta: weight of logprob - ref_logprob.
+
+    Returns:
+        [T].
+    """
+    penalties = [0.0] * len(logprobs)
+    if ref_logprobs is not None:
+        penalties = [beta * (logprob - ref) for logprob, ref in zip(logprobs, ref_logprobs, strict=True)]
+    last = len(logprobs) - 1
+    return tuple((reward if place == last else 0.0) - penalty for place, penalty in enumerate(penalties))
+
+
+def generalized(
+    rewards: Sequence[float], values: Sequence[float], *, gamma: float, gae_lambda: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Generalized advantage estimation (arXiv 1506.02438, equations 11 to 16) of one completion.
+
+    Nothing is expected after its last token.
+
+    Args:
+        rewards: [T], of each token.
+        values: [T], what the critic expects from before each token on.
+        gamma: discount, 0 to 1.
+        gae_lambda: 1 trusts the rewards that came, 0 the critic.
+
+    Returns:
+        advantages: [T].
+        returns: [T], what the critic is to learn: advantage plus value.
+
+    Raises:
+        ValueError: not one value for each reward.
+    """
+    if len(rewards) != len(values):
+        raise ValueError(f"{len(values)} values for {len(rewards)} rewards; give one each")
+    advantages, later, next_value = [], 0.0, 0.0
+    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
+        later = reward + gamma * next_value - value + gamma * gae_lambda * later
+        next_value = value
+        advantages.append(later)
+    advantages.reverse()
+    return tuple(advantages), tuple(a + v for a, v in zip(advantages, values, strict=True))
+
+
+def explained_variance(values: Sequence[Sequence[float]], returns: Sequence[Sequence[float]]) -> float:
+    """1 - variance of (return - value) / variance of return, over all tokens of all samples; 1 is a perfect critic.
+
+    0 where the returns do not vary: there is nothing to explain.
+
+    Args:
+        values, returns: ragged, of the same shape.
+    """
+    flat = [value for row in values for value in row]
+    targets = [value for row in returns for value in row]
+    if not targets or statistics.pvariance(targets) <= _TOLERANCE:
+        return 0.0
+    errors = [target - value for target, value in zip(targets, flat, strict=True)]
+    return 1.0 - statistics.pvariance(errors) / statistics.pvariance(targets)
 
 
 def of_tokens(advantage: Advantage, count: int) -> tuple[float, ...]:

@@ -93,7 +93,8 @@ def group_advantages(batch: Rollout, algorithm: AlgorithmSection) -> list[tuple[
     """[P][G], each completion's advantage: its reward less the baseline, over a deviation if the recipe says so."""
     relative = partial(
         advantages.group_relative,
-        baseline=algorithm.baseline,
+        # What a critic expects differs from token to token, see `token_advantages`.
+        baseline="none" if algorithm.baseline == "critic" else algorithm.baseline,
         scale="group" if algorithm.scale_rewards == "group" else "none",
     )
     found = [advantages.among_judged(relative, group.rewards, group.unjudged) for group in batch.groups]
@@ -130,18 +131,34 @@ def score(
         replace(sample, old_logprobs=scores.logprobs[index], ref_logprobs=scores.ref_logprobs.get(index))
         for index, sample in enumerate(samples)
     ]
+    if job.critic is not None:
+        values = job.critic.values(scored)
+        scored = [replace(sample, values=values[index]) for index, sample in enumerate(scored)]
     return token_advantages(scored, algorithm), scores.parity, scores.mismatch
 
 
 def token_advantages(samples: Sequence[Sample], algorithm: AlgorithmSection) -> list[Sample]:
     """Samples with an advantage for each token, where the recipe asks for what differs between tokens."""
-    if algorithm.kl_in == "reward" and algorithm.beta:
+    if algorithm.baseline == "critic":
+        samples = [with_returns(sample, algorithm) for sample in samples]
+    elif algorithm.kl_in == "reward" and algorithm.beta:
         paid = partial(advantages.with_kl_to_go, beta=algorithm.beta)
         samples = [replace(s, advantage=paid(s.advantage, s.old_logprobs or (), s.ref_logprobs or ())) for s in samples]
     if algorithm.whiten_advantages:
         rows = [advantages.of_tokens(sample.advantage, len(sample.completion_ids)) for sample in samples]
         samples = [replace(s, advantage=row) for s, row in zip(samples, advantages.whiten(rows), strict=True)]
     return list(samples)
+
+
+def with_returns(sample: Sample, algorithm: AlgorithmSection) -> Sample:
+    """The sample with advantages by what the critic expected, and with what the critic is to learn."""
+    assert sample.old_logprobs is not None and sample.values is not None and isinstance(sample.advantage, float)
+    reference = sample.ref_logprobs if algorithm.kl_in == "reward" else None
+    rewards = advantages.token_rewards(sample.advantage, sample.old_logprobs, reference, algorithm.beta)
+    found, returns = advantages.generalized(
+        rewards, sample.values, gamma=algorithm.gamma, gae_lambda=algorithm.gae_lambda
+    )
+    return replace(sample, advantage=found, returns=returns)
 
 
 def learn(samples: list[Sample], job: GrpoJob, verdict: Verdict) -> dict[str, Metric]:
@@ -157,18 +174,29 @@ def learn(samples: list[Sample], job: GrpoJob, verdict: Verdict) -> dict[str, Me
     elif verdict.action:
         return verdict.metrics()
     generator = random.Random(f"{job.recipe.seed}/{job.step}")
-    metrics = []
+    metrics = [verdict.metrics()]
+    if job.critic is not None:
+        metrics.append(fit_of_critic(samples))
     for _ in range(algorithm.num_iterations):
         order = generator.sample(samples, len(samples))
         for part in range(algorithm.num_minibatches):
             minibatch = order[part :: algorithm.num_minibatches]
-            if not any(advantages.is_felt(sample.advantage) for sample in minibatch):
+            if job.critic is not None:
+                metrics.append({**job.critic.forward_backward(minibatch), **job.critic.optim_step()})
+            warming_up = job.step < job.critic_warmup
+            if warming_up or not any(advantages.is_felt(sample.advantage) for sample in minibatch):
                 continue
             losses = job.learner.forward_backward(minibatch, algorithm)
             metrics.append({**losses, **job.learner.optim_step(), "optim/steps": Metric(1, "sum")})
             if algorithm.target_kl is not None and losses["policy/kl_old"].value > algorithm.target_kl:
-                return {**merge(metrics), **verdict.metrics()}
-    return {**merge(metrics), **verdict.metrics()}
+                return merge(metrics)
+    return merge(metrics)
+
+
+def fit_of_critic(samples: Sequence[Sample]) -> dict[str, Metric]:
+    """How much of the differences between returns the critic foresaw."""
+    values, returns = [s.values or () for s in samples], [s.returns or () for s in samples]
+    return {"critic/explained_variance": Metric(advantages.explained_variance(values, returns), "mean")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

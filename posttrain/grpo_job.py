@@ -19,7 +19,7 @@ from posttrain.errors import RunStopped
 from posttrain.metrics import Metric, MetricsLog
 from posttrain.parity import Mismatch, ParityReport
 from posttrain.progress import Progress, before_after_table, paths_written
-from posttrain.recipe import GrpoRecipe, ModelSection
+from posttrain.recipe import CriticSection, GrpoRecipe, ModelSection
 from posttrain.recipe_file import dump_recipe
 from posttrain.records import load_records
 from posttrain.rollout import Rollout
@@ -27,12 +27,13 @@ from posttrain.run_dir import RunDir
 from posttrain.types import SamplingParams
 
 if TYPE_CHECKING:
-    from posttrain.cluster import LearnerGroup, SamplerPool
+    from posttrain.cluster import CriticGroup, LearnerGroup, SamplerPool
     from posttrain.reward_pool import RewardPool
     from posttrain.weights import Publisher, Receipt
 
 
 REFERENCES = "references"  # in the run directory
+CRITIC = "critic"  # in a checkpoint
 
 
 @dataclass
@@ -50,11 +51,17 @@ class GrpoJob:
     publisher: Publisher
     audit: RewardAudit | None = None
     breaker: Breaker | None = None
+    critic: CriticGroup | None = None
     step: int = 0
     started: float = field(default_factory=time.perf_counter)
     last_metrics: dict[str, Metric] = field(default_factory=dict)
     saved_step: int = -1
     cursor: Mapping[str, Any] = field(default_factory=dict)  # of the prompts, after those that were trained on
+
+    @property
+    def critic_warmup(self) -> int:
+        """Steps at the start in which only the critic learns."""
+        return self.recipe.critic.warmup_steps if self.recipe.critic else 0
 
     @property
     def sampling(self) -> SamplingParams:
@@ -177,10 +184,17 @@ class GrpoJob:
         return checkpoint.save(
             self.run_dir.checkpoints,
             self.step,
-            self.learner.save,
+            self._write,
             state,
             keep=self.recipe.checkpoint.save_total_limit,
         )
+
+    def _write(self, path: str) -> None:
+        """The files of a checkpoint: the policy, and the critic in a directory of its own."""
+        self.learner.save(path)
+        if self.critic is not None:
+            (Path(path) / CRITIC).mkdir()
+            self.critic.save(str(Path(path) / CRITIC))
 
     def evaluate(self) -> EvalResult | None:
         """pass@1 and greedy accuracy of the policy that the samplers hold; None without an `eval` section."""
@@ -240,11 +254,14 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
     with session(recipe.ray_address, _cpus(recipe)):
         samplers = SamplerPool(model, recipe.sampler, recipe.seed, faults=recipe.faults, rollout=recipe.rollout)
         learner = _learner(recipe, model, _reference(recipe, run_dir, found))
+        critic = _critic(recipe, model, found)
         rewards = RewardPool(recipe.rewards)
         verifier = RewardPool([recipe.audit.verifier]) if recipe.audit else None
         audit = RewardAudit(recipe.audit, verifier.score, recipe.seed) if recipe.audit and verifier else None
         breaker = Breaker(recipe.breaker) if recipe.breaker else None
         learner.wait_until_ready()
+        if critic is not None:
+            critic.wait_until_ready()
         samplers.wait_until_ready()
         canary = canary_sequences(
             len(tokenizer), recipe.parity.canary_sequences, recipe.parity.canary_length, recipe.seed
@@ -255,6 +272,8 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
             progress = checkpoint.load_progress(found)
             step = progress["step"]
             learner.restore(str(found.resolve()))
+            if critic is not None:
+                critic.restore(str(found.resolve() / CRITIC))
             prompts.restore(progress["prompts"])
             for kept, part in (("audit", audit), ("breaker", breaker)):
                 if part is not None and kept in progress:
@@ -274,6 +293,7 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
                 publisher,
                 audit,
                 breaker,
+                critic,
                 step,
                 saved_step=step,
             )
@@ -287,8 +307,10 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
 def _cpus(recipe: GrpoRecipe) -> float:
     """What the actors of a run reserve."""
     rewards = [*recipe.rewards, *([recipe.audit.verifier] if recipe.audit else [])]
+    trained = 2 if recipe.algorithm.baseline == "critic" else 1
     engines = (
-        recipe.learner.num_workers * recipe.learner.num_cpus + recipe.sampler.num_workers * recipe.sampler.num_cpus
+        trained * recipe.learner.num_workers * recipe.learner.num_cpus
+        + recipe.sampler.num_workers * recipe.sampler.num_cpus
     )
     return engines + sum(reward.num_workers * reward.num_cpus for reward in rewards)
 
@@ -305,9 +327,26 @@ def _learner(recipe: GrpoRecipe, model: ModelSection, reference_path: str | None
         router_section=recipe.router,
         temperature=recipe.rollout.temperature,
         max_completion_length=recipe.rollout.max_completion_length,
-        total_steps=recipe.max_steps * recipe.algorithm.num_minibatches * recipe.algorithm.num_iterations,
+        total_steps=_total_steps(recipe),
         seed=recipe.seed,
     )
+
+
+def _critic(recipe: GrpoRecipe, model: ModelSection, resumed_from: Path | None) -> CriticGroup | None:
+    """The value model, where the recipe's algorithm has one."""
+    from posttrain.cluster import CriticGroup
+
+    if recipe.algorithm.baseline != "critic":
+        return None
+    section = recipe.critic or CriticSection()
+    if resumed_from is not None:
+        section = section.model_copy(update={"model_name_or_path": str(resumed_from.resolve() / CRITIC)})
+    return CriticGroup(recipe.learner, model=model, section=section, total_steps=_total_steps(recipe), seed=recipe.seed)
+
+
+def _total_steps(recipe: GrpoRecipe) -> int:
+    """Optimizer steps of the whole run."""
+    return recipe.max_steps * recipe.algorithm.num_minibatches * recipe.algorithm.num_iterations
 
 
 def _reference(recipe: GrpoRecipe, run_dir: RunDir, resumed_from: Path | None) -> str | None:

@@ -35,7 +35,7 @@ class RolloutSection(Section):
     """Prompts x generations of one step. Sampling keys as in TRL's GRPOConfig."""
 
     num_prompts: PositiveInt = 32  # per step
-    num_generations: Annotated[int, BeforeValidator(no_bool), Field(ge=2)] = 16
+    num_generations: PositiveInt = 16
     max_completion_length: PositiveInt = 128
     temperature: Annotated[Number, Field(gt=0)] = 1.0
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0  # below 1 top_k is needed too
@@ -72,7 +72,9 @@ class AlgorithmSection(Section):
     policy_loss: str = "clip"  # clip, sequence_clip, cispo, reinforce, or module:function
     epsilon: Positive = 0.2  # lower clip range
     epsilon_high: Positive | None = None  # upper clip range; None takes epsilon
-    baseline: Literal["group_mean", "leave_one_out", "none"] = "group_mean"
+    baseline: Literal["group_mean", "leave_one_out", "none", "critic"] = "group_mean"
+    gamma: Fraction = 1.0  # critic: discount of a token's later rewards
+    gae_lambda: Fraction = 1.0  # critic: 1 trusts the rewards that came, 0 what the critic expects
     scale_rewards: Literal["group", "batch", "none"] = "group"  # divide by the deviation of the group, of the batch
     whiten_advantages: bool = False  # mean 0 and deviation 1 over all tokens of the batch
     loss_aggregation: Literal["token", "sequence", "fixed"] = "token"  # see docs/grpo.md
@@ -108,6 +110,14 @@ class AlgorithmSection(Section):
                 f"kl_estimator={self.kl_estimator!r} with kl_in: reward: the reward of a token takes the log-ratio itself; "
                 f"set kl_estimator: k1"
             )
+        if self.baseline == "critic" and (self.scale_rewards != "none" or self.drop_zero_signal_groups):
+            raise ValueError(
+                "baseline: critic compares with what the critic expects and not with a group; set scale_rewards: none and "
+                "drop_zero_signal_groups: false (whiten_advantages scales over the batch)"
+            )
+        given = {"gamma", "gae_lambda"} & self.model_fields_set
+        if self.baseline != "critic" and given:
+            raise ValueError(f"{sorted(given)[0]} has no meaning without baseline: critic; remove it")
         if self.old_policy == "sampler" and self.importance != "none":
             raise ValueError(
                 f"importance: {self.importance} with old_policy: sampler: the ratio is the sampler's already; take one"
@@ -162,6 +172,16 @@ class LearnerSection(Section):
                 f"raise max_tokens_per_microbatch"
             )
         return self
+
+
+class CriticSection(Section):
+    """The value model of PPO: the policy's architecture with a head that gives one number for each token."""
+
+    model_name_or_path: str | None = None  # a policy's or a reward model's checkpoint; None takes the policy's
+    head_init_std: NonNegative = 0.0  # of a new head; 0 expects nothing at first
+    optimizer: OptimizerSection = OptimizerSection(learning_rate=1e-5)
+    value_clip: Positive = 0.2  # how far a value may move over a batch before its error counts no less
+    warmup_steps: NonNegativeInt = 0  # steps at the start in which only the critic learns
 
 
 class ParitySection(Section):
@@ -233,6 +253,7 @@ class GrpoRecipe(Recipe):
     learner: LearnerSection = LearnerSection()
     sampler: SamplerSection = SamplerSection()
     parity: ParitySection = ParitySection()
+    critic: CriticSection | None = None  # for algorithm.baseline: critic; None takes the defaults there
     breaker: BreakerSection | None = None
     audit: AuditSection | None = None
     eval: EvalSection | None = None
@@ -252,6 +273,11 @@ class GrpoRecipe(Recipe):
             raise ValueError(
                 f"rollout.num_prompts x rollout.num_generations = {rows} samples do not divide into "
                 f"algorithm.num_minibatches={parts}; choose a divisor of {rows}"
+            )
+        if self.rollout.num_generations < 2 and self.algorithm.baseline in ("group_mean", "leave_one_out"):
+            raise ValueError(
+                f"rollout.num_generations={self.rollout.num_generations} with algorithm.baseline={self.algorithm.baseline}: a "
+                f"completion is compared with others of its prompt; give 2 or more, or take baseline: critic"
             )
         if self.rollout.max_completion_length >= self.sampler.max_model_len:
             raise ValueError(
@@ -292,6 +318,11 @@ class GrpoRecipe(Recipe):
             dataset.refuse(f"datasets.{index}", "worked_fraction", "careless_fraction")
         if self.eval is not None:
             self.eval.check_fits(self.sampler, during_training=True)
+        if self.critic is not None and self.algorithm.baseline != "critic":
+            raise ValueError(
+                f"a critic has no use with algorithm.baseline={self.algorithm.baseline}; set algorithm.baseline: critic (or "
+                f"algorithm: ppo), or remove the section"
+            )
         labels = Counter(reward.label for reward in self.rewards)
         twice = [label for label, count in labels.items() if count > 1]
         if twice:

@@ -1,7 +1,7 @@
 """What another sampler does to the gradient, and what restores it; expectations taken exactly, over every completion.
 
-Completions are single tokens, so all of them can be listed: the expectation of a gradient estimate is the sum over all tokens of
-the sampler's probability times the term of that token. The truth is the gradient of the expected reward under the policy.
+Completions are single tokens, so all of them can be listed: the expectation of a gradient estimate is the sum over all tokens
+of the sampler's probability times that token's term. The truth is the gradient of the expected reward under the policy.
 """
 
 from __future__ import annotations
