@@ -115,9 +115,10 @@ class AlgorithmSection(Section):
                 "baseline: critic compares with what the critic expects and not with a group; set scale_rewards: none and "
                 "drop_zero_signal_groups: false (whiten_advantages scales over the batch)"
             )
-        given = {"gamma", "gae_lambda"} & self.model_fields_set
-        if self.baseline != "critic" and given:
-            raise ValueError(f"{sorted(given)[0]} has no meaning without baseline: critic; remove it")
+        if self.baseline != "critic" and (self.gamma, self.gae_lambda) != (1.0, 1.0):
+            raise ValueError(
+                f"gamma={self.gamma:g} and gae_lambda={self.gae_lambda:g} have no meaning without baseline: critic; remove"
+            )
         if self.old_policy == "sampler" and self.importance != "none":
             raise ValueError(
                 f"importance: {self.importance} with old_policy: sampler: the ratio is the sampler's already; take one"

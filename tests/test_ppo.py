@@ -265,7 +265,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
         ({"rollout": {"num_generations": 1}}, "compared with others of its prompt"),
         ({"critic": {}}, "has no use with algorithm.baseline=group_mean"),
         ({"algorithm": {"preset": "ppo", "scale_rewards": "group"}}, "set scale_rewards: none"),
-        ({"algorithm": {"gae_lambda": 0.9}}, "no meaning without baseline: critic"),
+        ({"algorithm": {"gae_lambda": 0.9}}, "gae_lambda=0.9 have no meaning without baseline: critic"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
