@@ -184,6 +184,73 @@ def test_dynamic_sampling_replaces_groups_without_signal(recipe: Path, tmp_path:
     assert all(line["optim/steps"] >= 1 for line in lines)
 
 
+def test_samples_ahead_of_the_learner_by_another_type_and_truncated(recipe: Path, tmp_path: Path) -> None:
+    """Lag, in-flight updates, a bfloat16 sampler, replayed experts, top-k and top-p in one run; then it is resumed."""
+    out = tmp_path / "run"
+    keys = [
+        "rollout={num_prompts: 4, num_generations: 4, max_completion_length: 16, max_lag: 1, in_flight_updates: true, "
+        "top_p: 0.9, top_k: 20}",
+        "algorithm={num_minibatches: 1, importance: truncate}",
+        "router.replay=true",
+        "sampler.dtype=bfloat16",
+        "parity.max_logprob_gap=1",
+        "parity.min_routing_agreement=0",
+    ]
+    code, output = run("posttrain.grpo", str(recipe), f"output_dir={out}", *keys)
+    assert code == 0, output
+    lines = metrics(out)
+    assert [line["lag/max"] for line in lines] == [0, 1, 1]
+    assert lines[0]["parity/routing_agreement"] == 1.0  # later samples are an earlier version's
+    assert 0 < lines[0]["mismatch/kl_precision"] + lines[0]["mismatch/kl_routing"] < 1e-2
+    assert lines[0]["mismatch/kl_staleness"] == 0 < lines[1]["mismatch/kl_staleness"]
+    assert 0.1 < lines[1]["mismatch/effective_sample_size"] < 1 and "policy/truncated_fraction" in lines[1]
+    assert "router/layer_00/flip_rate" in lines[0]
+
+    def cursor() -> int:
+        return int(json.loads((out / "checkpoints/latest/progress.json").read_text())["prompts"]["position"])
+
+    assert cursor() == 3 * 4  # of what was trained on, whatever was sampled ahead
+    code, output = run("posttrain.grpo", str(recipe), f"output_dir={out}", *keys, "max_steps=5", "--resume")
+    assert code == 0, output
+    assert [line["lag/max"] for line in metrics(out)] == [0, 1, 1, 0, 1] and cursor() == 5 * 4
+
+
+def test_a_breaker_masks_drops_and_rolls_back(recipe: Path, tmp_path: Path) -> None:
+    """Samplers with a perturbed router for three versions; the run heals by itself."""
+    out = tmp_path / "run"
+    code, output = run(
+        "posttrain.grpo",
+        str(recipe),
+        f"output_dir={out}",
+        "max_steps=6",
+        "faults={router_noise: 1.0, noisy_versions: [1, 2, 3]}",
+        "parity.max_logprob_gap=1000",
+        "parity.min_routing_agreement=0",
+        "algorithm.num_minibatches=1",
+        "breaker={max_kl: 1.0e-6, actions: [mask, publish, rollback, stop], healthy_steps: 2}",
+    )
+    assert code == 3, output  # no checkpoint of version 0 to go back to
+    assert "breaker, step 2: mask" in output and "breaker, step 3: publish" in output
+    assert "no checkpoint from before version 1" in output
+    lines = metrics(out)
+    assert [line["breaker/tripped"] for line in lines] == [0, 1, 1]
+    assert lines[1]["mismatch/kl_routing"] > 1e-6 and lines[1]["parity/routing_agreement"] < 1
+    assert "policy/masked_fraction" in lines[1] and "policy/loss" not in lines[2]
+    code, output = run(
+        "posttrain.grpo",
+        str(recipe),
+        f"output_dir={tmp_path / 'other'}",
+        "max_steps=6",
+        "faults={router_noise: 1.0, noisy_versions: [2, 3]}",
+        "parity.max_logprob_gap=1000",
+        "parity.min_routing_agreement=0",
+        "algorithm.num_minibatches=1",
+        "breaker={max_kl: 1.0e-6, actions: [mask, rollback, stop], healthy_steps: 2}",
+    )
+    assert code == 0, output
+    assert [line["breaker/tripped"] for line in metrics(tmp_path / "other")] == [0, 0, 1, 1, 0, 0]
+
+
 def test_a_skipped_publication_stops_the_run(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = Command("posttrain.grpo", str(recipe), f"output_dir={out}", "faults.skip_publication=2")
