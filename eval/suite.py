@@ -74,7 +74,7 @@ def evaluate(section: EvalSection, prompts: Sequence[Prompt], generate: Generate
         pass_at_1=estimate(scores),
         greedy=estimate(greedy_scores) if greedy_scores is not None else None,
         by_level={kind: estimate(of_kind) for kind, of_kind in kinds.items()},
-        completion_length_mean=statistics.fmean(len(c.token_ids) for c in completions),
+        completion_length_mean=statistics.fmean(len(c.sampled_ids) for c in completions),
         truncated_fraction=statistics.fmean(c.finish_reason == "length" for c in completions),
         rows=rows,
     )
@@ -114,7 +114,7 @@ def _rows(
             "answer": prompt.answer,
             "score": score,
             "finish_reason": completion.finish_reason,
-            "length": len(completion.token_ids),
+            "length": len(completion.sampled_ids),
         }
         for prompt, group, scores_N in zip(prompts, groups, scores, strict=True)
         for completion, score in zip(group, scores_N, strict=True)

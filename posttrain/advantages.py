@@ -102,16 +102,32 @@ def _deviation(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
-def whiten(values: Sequence[Sequence[float]], epsilon: float = 1e-8) -> list[tuple[float, ...]]:
+def whiten(
+    values: Sequence[Sequence[float]],
+    epsilon: float = 1e-8,
+    *,
+    trained: Sequence[Sequence[bool] | None] | None = None,
+) -> list[tuple[float, ...]]:
     """REINFORCE++'s normalisation (arXiv 2501.03262, equation 4): less the mean and over the deviation of all entries.
 
     Args:
         values: ragged, e.g. the advantages of each token of each sample of a batch.
         epsilon: added to the deviation (of the population).
+        trained: for each row which entries count (None: all of them); the others get 0. None: all of all.
 
     Returns:
         The same shape. A batch whose entries are all equal gets 0.
     """
+    if trained is not None:
+        kept = [
+            list(row) if mask is None else [value for value, counts in zip(row, mask, strict=True) if counts]
+            for row, mask in zip(values, trained, strict=True)
+        ]
+        found = [iter(row) for row in whiten(kept, epsilon)]
+        return [
+            tuple(white) if mask is None else tuple(next(white) if counts else 0.0 for counts in mask)
+            for white, mask in zip(found, trained, strict=True)
+        ]
     flat = [value for row in values for value in row]
     if not flat:
         return [tuple(row) for row in values]

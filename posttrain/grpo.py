@@ -101,7 +101,14 @@ def score(
         # When no group has signal all are scored, so that parity is still measured.
         pairs = [pair for pair in pairs if advantages.has_signal(pair[0].judged_rewards)] or pairs
     samples = [
-        Sample(group.prompt.token_ids, completion.token_ids, completion.logprobs, advantage, completion.experts_TLK)
+        Sample(
+            group.prompt.token_ids,
+            completion.token_ids,
+            completion.logprobs,
+            advantage,
+            completion.experts_TLK,
+            trained=completion.trained,
+        )
         for group, advantages_G in pairs
         for index, (completion, advantage) in enumerate(zip(group.completions, advantages_G, strict=True))
         if index not in group.unjudged
@@ -121,7 +128,8 @@ def token_advantages(samples: Sequence[Sample], algorithm: AlgorithmSection) -> 
         samples = [replace(s, advantage=paid(s.advantage, s.old_logprobs or (), s.ref_logprobs or ())) for s in samples]
     if algorithm.whiten_advantages:
         rows = [advantages.of_tokens(sample.advantage, len(sample.completion_ids)) for sample in samples]
-        samples = [replace(s, advantage=row) for s, row in zip(samples, advantages.whiten(rows), strict=True)]
+        white = advantages.whiten(rows, trained=[sample.trained for sample in samples])
+        samples = [replace(s, advantage=row) for s, row in zip(samples, white, strict=True)]
     return list(samples)
 
 

@@ -78,7 +78,7 @@ class GrpoJob:
         from posttrain.weights import publication_metrics
 
         samples = len(batch.completions)
-        tokens = sum(len(completion.token_ids) for completion in batch.completions)
+        tokens = sum(len(completion.sampled_ids) for completion in batch.completions)
         metrics = {
             **batch.metrics(self.step - 1),
             **parity.metrics(),

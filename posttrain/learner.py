@@ -188,9 +188,7 @@ class Learner:
         near_tie_margin: float,
     ) -> ParityReport:
         report = ParityReport()
-        ids_N, mask_N, logprobs_N = (
-            tensor.flatten() for tensor in (microbatch.sample_ids_RW, microbatch.loss_mask_RW, logprobs_RW)
-        )
+        ids_N, logprobs_N = microbatch.sample_ids_RW.flatten(), logprobs_RW.flatten()
         chosen_NLK = trace.chosen_NLK() if self._routers else None
         for index in ids_N.unique().tolist():
             if index < 0:
@@ -199,7 +197,7 @@ class Learner:
             flips: list[router.Flip] = []
             if sample.experts_TLK is not None and chosen_NLK is not None:
                 flips = router.find_flips(sample.experts_TLK, chosen_NLK, trace, rows[:-1], self._routers)
-            values = logprobs_N[rows[mask_N[rows]]].tolist()
+            values = logprobs_N[rows[len(sample.prompt_ids) :]].tolist()
             report += compare(sample, values, flips, near_tie_margin=near_tie_margin, name=f"sample {index}")
         return report
 

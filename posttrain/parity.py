@@ -89,7 +89,7 @@ def compare(
 
     Args:
         sample: holds the sampler's logprobs and experts.
-        learner_logprobs: [T_completion], of the same tokens under the same temperature.
+        learner_logprobs: [T_completion], of the same tokens under the same temperature; only trained ones are looked at.
         flips: routing differences, in order of position and layer.
         near_tie_margin: largest score difference that counts as a tie.
         name: of the sample, for messages.
@@ -109,6 +109,8 @@ def compare(
     tokens, gap_sum, gap_max, kl_sum, excluded, worst = 0, 0.0, 0.0, 0.0, 0, ""
     relative_max = 0.0
     for offset, (theirs, ours) in enumerate(zip(sample.sampler_logprobs, learner_logprobs, strict=True)):
+        if sample.trained is not None and not sample.trained[offset]:
+            continue  # the environment's: nobody sampled it
         # The token at `start + offset` is predicted from the positions before it.
         if first_flip is not None and first_flip < start + offset:
             excluded += 1

@@ -73,7 +73,7 @@ class RunDir:
                 "advantage": advantages_G[index],
                 "policy_version": completion.policy_version,
                 "finish_reason": completion.finish_reason,
-                "length": len(completion.token_ids),
+                "length": len(completion.sampled_ids),
             }
             for group, advantages_G in zip(groups, advantages, strict=True)
             for index, completion in enumerate(group.completions)

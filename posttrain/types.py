@@ -17,8 +17,9 @@ This module imports nothing of the project, and neither torch nor numpy at run t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -59,11 +60,38 @@ class Completion:
     token_ids: tuple[int, ...]  # [T_completion], EOS included when finish_reason is "stop"
     logprobs: tuple[
         float, ...
-    ]  # [T_completion], natural log, under the distribution sampled from (temperature applied)
+    ]  # [T_completion], natural log, under the distribution sampled from (temperature applied); 0 where not sampled
     finish_reason: FinishReason  # "length" means truncated at max_completion_length
     text: str  # decoded, special tokens left out
     policy_version: int  # number of optimizer publications before this was sampled
     experts_TLK: np.ndarray | None = None  # int16 [T_prompt + T_completion - 1, L, K], None for a dense model
+    trained: tuple[bool, ...] | None = None  # [T_completion], False for an environment's tokens; None: all were sampled
+    episode: Episode | None = None  # what an environment said; `text` then is the last of the policy's messages
+
+    @property
+    def sampled_ids(self) -> tuple[int, ...]:
+        """The tokens that the policy sampled."""
+        return self.token_ids if self.trained is None else tuple(compress(self.token_ids, self.trained))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What an environment answers to a message of the policy."""
+
+    messages: Sequence[Message] = ()  # what the policy sees next, e.g. one of the role tool; none when done
+    reward: float = 0.0  # finite; an episode's reward is the sum over its steps
+    done: bool = False  # the episode is over
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """What came of several turns with an environment."""
+
+    reward: float  # the sum over its steps
+    num_turns: int  # messages of the policy
+    messages: tuple[Message, ...]  # the policy's and the environment's, after the prompt
+    status: RewardStatus = "ok"  # otherwise the environment failed, and the reward means nothing
+    detail: str = ""  # for people: how it failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +131,12 @@ class Sample:
     experts_TLK: np.ndarray | None = None  # see Completion.experts_TLK
     old_logprobs: tuple[float, ...] | None = None  # [T_completion], the learner's own before the first minibatch
     ref_logprobs: tuple[float, ...] | None = None  # [T_completion], the reference policy's
+    trained: tuple[bool, ...] | None = None  # see Completion.trained; values of other tokens mean nothing
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that are trained."""
+        return len(self.completion_ids) if self.trained is None else sum(self.trained)
 
 
 @dataclass(frozen=True, slots=True)
