@@ -49,8 +49,8 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
     recipe = job.recipe
     rollouts = rollout.stream(
         job.prompts.take,
-        job.samplers.generate,
-        job.rewards.score,
+        job.generate,
+        job.score_rewards,
         num_prompts=recipe.rollout.num_prompts,
         params=job.sampling,
         max_batches=recipe.algorithm.dynamic_sampling_batches,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ from eval.report import write_report
 from eval.suite import EvalResult, eval_prompts, evaluate
 from posttrain import checkpoint
 from posttrain.audit import Look, RewardAudit, write_look
+from posttrain.episode_reward import episode_scorer
+from posttrain.episodes import episodes
 from posttrain.errors import RunStopped
 from posttrain.metrics import Metric, MetricsLog
 from posttrain.parity import ParityReport
@@ -21,7 +23,7 @@ from posttrain.progress import Progress, before_after_table, paths_written
 from posttrain.recipe import GrpoRecipe, ModelSection
 from posttrain.recipe_file import dump_recipe
 from posttrain.records import load_records
-from posttrain.rollout import Rollout
+from posttrain.rollout import Generate, Rollout, Score
 from posttrain.run_dir import RunDir
 from posttrain.types import SamplingParams
 
@@ -43,7 +45,8 @@ class GrpoJob:
     log: MetricsLog
     tokenizer: Any
     prompts: PromptStream
-    rewards: RewardPool
+    generate: Generate  # single turns, or episodes
+    score_rewards: Score
     learner: LearnerGroup
     samplers: SamplerPool
     publisher: Publisher
@@ -147,7 +150,9 @@ class GrpoJob:
         section = self.recipe.eval
         if section is None:
             return None
-        return evaluate(section, eval_prompts(section, self.tokenizer), self.samplers.generate)
+        if self.recipe.environment is not None:
+            section = section.model_copy(update={"environment": self.recipe.environment})
+        return evaluate(section, eval_prompts(section, self.tokenizer), self.generate)
 
     def finish(self, before: EvalResult | None, after: EvalResult | None) -> None:
         """Save, write summary and report, and show what came of the run."""
@@ -197,10 +202,13 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
     assert path is not None
     tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
     prompts = PromptStream(load_records(recipe.datasets, "train", recipe.seed), tokenizer, recipe.seed)
-    with session(recipe.ray_address, _cpus(recipe)):
+    with session(recipe.ray_address, _cpus(recipe)), ExitStack() as stack:
         samplers = SamplerPool(model, recipe.sampler, recipe.seed, skip_version=recipe.faults.skip_publication)
         learner = _learner(recipe, model, _reference(recipe, run_dir, found))
-        rewards = RewardPool(recipe.rewards)
+        generate = stack.enter_context(
+            episodes(recipe.environment, samplers.generate, tokenizer, recipe.sampler.max_model_len)
+        )
+        rewards = RewardPool(recipe.rewards) if recipe.rewards else None
         verifier = RewardPool([recipe.audit.verifier]) if recipe.audit else None
         audit = RewardAudit(recipe.audit, verifier.score, recipe.seed) if recipe.audit and verifier else None
         learner.wait_until_ready()
@@ -226,7 +234,8 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
                 log,
                 tokenizer,
                 prompts,
-                rewards,
+                generate,
+                _score(recipe, rewards),
                 learner,
                 samplers,
                 publisher,
@@ -239,6 +248,14 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
             for pool in (rewards, verifier):
                 if pool is not None:
                     pool.stop()
+
+
+def _score(recipe: GrpoRecipe, rewards: RewardPool | None) -> Score:
+    """The rewards of the recipe, the environment's among them."""
+    if recipe.environment is not None:
+        return episode_scorer(recipe.environment, rewards.score if rewards else None)
+    assert rewards is not None  # the recipe sees to it
+    return rewards.score
 
 
 def _cpus(recipe: GrpoRecipe) -> float:
