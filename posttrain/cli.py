@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from posttrain.environments import build_environment
 from posttrain.errors import RunStopped
 from posttrain.plan import describe
-from posttrain.environments import build_environment
 from posttrain.recipe import DatasetSection, EnvironmentSection, PipelineRecipe, Recipe, RecipeError, RewardSection
 from posttrain.recipe_file import check_files, load_recipe, module_of, nearest, stage_recipe
 from posttrain.reward_setup import build_reward

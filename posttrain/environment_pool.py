@@ -1,6 +1,6 @@
 """Episodes' environments, each in a process of its own that may hang, die or fork: only its own episode fails.
 
-    EnvironmentPool -> a process with the class imported -> one process per episode, forked in milliseconds
+EnvironmentPool -> a process with the class imported -> one process per episode, forked in milliseconds
 """
 
 from __future__ import annotations
