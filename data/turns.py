@@ -59,9 +59,17 @@ def added_ids(
 
 
 def require_turns(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a chat template with which several turns are not possible.
+    """Refuse a chat template with which several turns are not possible, whoever speaks to the policy: user or tool.
 
     Raises:
         ValueError: says what is wrong with it.
     """
-    added_text(tokenizer, [{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}])
+    error: ValueError | None = None
+    for role in ("user", "tool"):
+        try:
+            added_text(tokenizer, [{"role": "user", "content": "a"}], [{"role": role, "content": "b"}])
+            return
+        except ValueError as found:
+            error = error or found
+    assert error is not None
+    raise error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import ray
 from posttrain.errors import ParityError, RunStopped
 from posttrain.metrics import Metric, merge
 from posttrain.packing import pack
-from posttrain.recipe import AlgorithmSection, LearnerSection, ModelSection, SamplerSection
+from posttrain.recipe import AlgorithmSection, LearnerSection, ModelSection, RolloutSection, SamplerSection
 from posttrain.types import Completion, Prompt, Sample, SamplingParams, TrainBatch
 from posttrain.wire import Digest, LoadReport, WeightSnapshot, canary_sample, to_chunks
 
@@ -75,20 +76,29 @@ def session(address: str | None, num_cpus: float) -> Iterator[None]:
 class _SamplerActor:
     """A `posttrain.sampler.Sampler` in a process of its own."""
 
-    def __init__(self, model: ModelSection, section: SamplerSection, seed: int, skip_version: int | None) -> None:
+    def __init__(
+        self,
+        model: ModelSection,
+        section: SamplerSection,
+        seed: int,
+        skip_version: int | None,
+        rollout: RolloutSection,
+    ) -> None:
         from posttrain.sampler import Sampler
 
         assert model.model_name_or_path is not None
         self._sampler = Sampler(
             model.model_name_or_path,
-            dtype=model.dtype,
+            dtype=section.dtype or model.dtype,
             max_model_len=section.max_model_len,
             max_num_seqs=section.max_num_seqs,
             gpu_memory_utilization=section.gpu_memory_utilization,
             trust_remote_code=model.trust_remote_code,
             seed=seed,
+            max_candidates=rollout.top_k,
         )
         self._skip_version = skip_version
+        self._recompute = rollout.cache_on_update == "recompute"
 
     def ready(self) -> str:
         return ray.get_runtime_context().get_node_id()
@@ -105,7 +115,7 @@ class _SamplerActor:
             digest.add(chunk)
             tensors.extend((wire.name, wire.tensor()) for wire in chunk)
         if snapshot.version != self._skip_version:
-            self._sampler.update_weights(tensors, snapshot.version)
+            self._sampler.update_weights(tensors, snapshot.version, recompute=self._recompute)
         seconds = time.perf_counter() - start
         scored = self._sampler.prompt_logprobs(canary)
         samples = tuple(
@@ -116,24 +126,39 @@ class _SamplerActor:
 
 
 class SamplerPool:
-    """The samplers. Prompts go only to those whose receipt for the current version is valid."""
+    """The samplers. Prompts go only to those whose receipt for the current version is valid.
+
+    One thread may generate while another loads weights: prompts wait for the receipts. A load waits for what is being
+    generated, or with `rollout.in_flight_updates` comes in between.
+    """
 
     def __init__(
-        self, model: ModelSection, section: SamplerSection, seed: int, skip_version: int | None = None
+        self,
+        model: ModelSection,
+        section: SamplerSection,
+        seed: int,
+        skip_version: int | None = None,
+        rollout: RolloutSection | None = None,
     ) -> None:
         from posttrain.sampler import engine_environment
 
+        rollout = rollout or RolloutSection()
         actor = ray.remote(_SamplerActor)
         gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
         self._actors = [
             actor.options(
                 num_cpus=section.num_cpus,
                 num_gpus=gpus,
+                # A load that waits its turn is all that is needed where updates are not in flight.
+                max_concurrency=4 if rollout.in_flight_updates else 1,
                 runtime_env={"env_vars": engine_environment(section.num_threads, section.kv_cache_gib)},
-            ).remote(model, section, seed + index, skip_version)
+            ).remote(model, section, seed + index, skip_version, rollout)
             for index in range(section.num_workers)
         ]
         self._admitted = list(range(section.num_workers))
+        self._loading = False
+        self._changed = threading.Condition()
+        self.version = -1  # that the samplers have proved to hold
         self._timeout = section.start_timeout_seconds
 
     def wait_until_ready(self) -> list[str]:
@@ -156,14 +181,16 @@ class SamplerPool:
         Raises:
             ParityError: no sampler holds a proved copy of the current policy.
         """
-        if not self._admitted:
-            raise ParityError("no sampler has a valid receipt for the current version, so none may generate")
-        parts = [list(range(turn, len(prompts), len(self._admitted))) for turn in range(len(self._admitted))]
-        calls = [
-            self._actors[index].generate.remote([prompts[place] for place in part], params)
-            for index, part in zip(self._admitted, parts, strict=True)
-            if part
-        ]
+        with self._changed:
+            self._changed.wait_for(lambda: not self._loading)
+            if not self._admitted:
+                raise ParityError("no sampler has a valid receipt for the current version, so none may generate")
+            parts = [list(range(turn, len(prompts), len(self._admitted))) for turn in range(len(self._admitted))]
+            calls = [
+                self._actors[index].generate.remote([prompts[place] for place in part], params)
+                for index, part in zip(self._admitted, parts, strict=True)
+                if part
+            ]
         completions: list[list[Completion]] = [[] for _ in prompts]
         for part, result in zip((part for part in parts if part), ray.get(calls), strict=True):
             for place, group in zip(part, result, strict=True):
@@ -172,13 +199,16 @@ class SamplerPool:
 
     def load_weights(self, snapshot: WeightSnapshot, canary: Sequence[tuple[int, ...]]) -> list[LoadReport]:
         """Load a snapshot on every sampler. None gets prompts until `admit`."""
-        self._admitted = []
+        with self._changed:
+            self._admitted, self._loading = [], True
         return ray.get([actor.load_weights.remote(snapshot, canary) for actor in self._actors])
 
     def admit(self, version: int, samplers: Sequence[int]) -> None:
         """These samplers have proved that they hold `version`."""
-        self._admitted = list(samplers)
-        self.version = version
+        with self._changed:
+            self._admitted, self._loading = list(samplers), False
+            self.version = version
+            self._changed.notify_all()
 
     def stop(self) -> None:
         """End the engines and give back their memory."""
@@ -235,6 +265,7 @@ class LearnerGroup:
             gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
         self.world_size = section.num_workers
         self._section = section
+        self._replay = arguments["router_section"].replay
         threads = str(section.num_threads)
         # torch reads its thread settings when it is imported, which unpickling may do before `start` runs.
         quiet = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
@@ -310,6 +341,7 @@ class LearnerGroup:
             max_tokens_per_microbatch=self._section.max_tokens_per_microbatch,
             row_length=self._section.row_length,
             pad_token_id=0,
+            with_experts=self._replay,
         )
 
 

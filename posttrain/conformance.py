@@ -28,7 +28,14 @@ from rich.console import Console
 from rich.table import Table
 
 from posttrain.algorithms import PRESETS
-from posttrain.recipe import AlgorithmSection, BuildSection, LearnerSection, ModelSection, OptimizerSection
+from posttrain.recipe import (
+    AlgorithmSection,
+    BuildSection,
+    GrpoRouterSection,
+    LearnerSection,
+    ModelSection,
+    OptimizerSection,
+)
 from posttrain.types import Sample
 
 TOLERANCE = 1e-5  # relative, of the norm of a parameter's gradient
@@ -57,7 +64,7 @@ class Layout:
 
     name: str
     order: int  # seed; 0 is the order given
-    settings: Mapping[str, int]
+    settings: Mapping[str, Any]
 
 
 LAYOUTS = (
@@ -172,7 +179,7 @@ def _one_rank(rank: int, count: int, port: int, path: str, sections: Mapping[str
         OptimizerSection(learning_rate=1e-3),
         LearnerSection(),
         reference_path=None,
-        bias_update_speed=0.0,
+        router_section=GrpoRouterSection(),
         temperature=1.0,
         max_completion_length=LONGEST,
         total_steps=1,

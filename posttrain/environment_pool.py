@@ -228,4 +228,4 @@ def _receive(connection: Connection) -> Answer:
         return Failure("crash", "its process ended")
     if "error" in found:
         return Failure(found["error"], found["detail"])
-    return Step(tuple(found["messages"]), found["reward"], found["done"])
+    return Step(tuple(found["messages"]), found["reward"], found["done"]) if found else Step()

@@ -16,6 +16,8 @@ import pickle
 import signal
 import socket
 import traceback
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -73,26 +75,36 @@ def serve(connection: Connection, environment: Any, spec: EnvironmentSpec) -> No
     """One episode, until the other end closes."""
     try:
         prompt = pickle.loads(connection.recv_bytes())  # from our own pool
-        instance = None
+        instance: Any = None
+
+        def start() -> dict[str, Any]:
+            nonlocal instance
+            instance = environment(**spec.kwargs)
+            if (value := instance.reset(prompt)) is not None:
+                raise ValueError(
+                    f"reset returned a {type(value).__name__}; it must return None: what the policy sees first is the "
+                    f"record's prompt"
+                )
+            return {}
+
+        connection.send_bytes(_answer(start))
         while True:
-            try:
-                if instance is None:
-                    instance = environment(**spec.kwargs)
-                    if (value := instance.reset(prompt)) is not None:
-                        raise ValueError(
-                            f"reset returned a {type(value).__name__}; it must return None: what the policy sees first is "
-                            f"the record's prompt"
-                        )
-                    answer: dict[str, Any] = {"messages": [], "reward": 0.0, "done": False}
-                else:
-                    answer = checked_step(instance.step(text))
-                encoded = json.dumps(answer).encode()
-            except BaseException as error:  # also SystemExit: whatever the plugin throws is its own
-                encoded = json.dumps(_failure(error)).encode()
-            connection.send_bytes(encoded)
             text = json.loads(connection.recv_bytes())
+            connection.send_bytes(_answer(partial(_step, instance, text)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
+
+
+def _step(instance: Any, text: str) -> dict[str, Any]:
+    return checked_step(instance.step(text))
+
+
+def _answer(call: Callable[[], dict[str, Any]]) -> bytes:
+    """What came of a call, as JSON."""
+    try:
+        return json.dumps(call()).encode()
+    except BaseException as error:  # also SystemExit: whatever the plugin throws is its own
+        return json.dumps(_failure(error)).encode()
 
 
 def _failure(error: BaseException) -> dict[str, Any]:

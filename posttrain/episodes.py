@@ -38,7 +38,8 @@ class _State:
     messages: list[Message] = field(default_factory=list)
     finish_reason: FinishReason = "stop"
     text: str = ""
-    policy_version: int | None = None
+    versions: list[int] = field(default_factory=list)
+    candidates: list[np.ndarray | None] = field(default_factory=list)  # piece by piece; None: nothing was left out
     num_turns: int = 0
     reward: float = 0.0
     status: RewardStatus = "ok"
@@ -64,7 +65,8 @@ class _State:
         self.experts_TLK = turn.experts_TLK  # of all tokens before as well
         self.messages.append({"role": "assistant", "content": turn.text})
         self.finish_reason, self.text = turn.finish_reason, turn.text
-        self.policy_version = turn.policy_version if self.policy_version is None else self.policy_version
+        self.versions += turn.versions
+        self.candidates.append(turn.candidates_TC)
         self.num_turns += 1
         self.is_over = self.is_over or turn.finish_reason != "stop"
 
@@ -76,19 +78,31 @@ class _State:
         self.token_ids += ids
         self.logprobs += [0.0] * len(ids)
         self.trained += [False] * len(ids)
+        self.versions += [self.versions[-1]] * len(ids)
+        self.candidates.append(np.full((len(ids), 1), -1, np.int32))
 
     def completion(self) -> Completion:
-        assert self.policy_version is not None
         return Completion(
             token_ids=tuple(self.token_ids),
             logprobs=tuple(self.logprobs),
             finish_reason=self.finish_reason,
             text=self.text,
-            policy_version=self.policy_version,
+            policy_version=self.versions[0],
             experts_TLK=self.experts_TLK,
+            token_versions=tuple(self.versions) if len(set(self.versions)) > 1 else None,
+            candidates_TC=_joined(self.candidates),
             trained=tuple(self.trained),
             episode=Episode(self.reward, self.num_turns, tuple(self.messages), self.status, self.detail),
         )
+
+
+def _joined(pieces: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """Candidates [T, C] of turns and messages one after the other; None if the turns have none."""
+    known = [piece for piece in pieces if piece is not None]
+    if len(known) < len(pieces):
+        return None
+    width = max(piece.shape[1] for piece in known)
+    return np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-1) for p in known])
 
 
 @contextmanager
@@ -210,6 +224,8 @@ class EpisodeSampler:
             finish_reason="length",
             text=self._tokenizer.decode(ids, skip_special_tokens=True),
             experts_TLK=None if turn.experts_TLK is None else turn.experts_TLK[: before + len(ids) - 1],
+            token_versions=None if turn.token_versions is None else turn.token_versions[: state.left],
+            candidates_TC=None if turn.candidates_TC is None else turn.candidates_TC[: state.left],
         )
 
     def _take(self, state: _State, answer: Answer) -> None:

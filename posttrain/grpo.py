@@ -5,7 +5,8 @@
 A step: prompts are sampled from by the current policy, rewards score the completions, each completion's advantage is its
 reward relative to its group, and the learner takes one optimizer step per minibatch of the rollout batch. Then the new
 weights are published to the samplers, which is proved before they generate again. Generation and learning take turns, so
-the sampler's policy is the learner's policy (lag 0), and that is measured on every trained token.
+the sampler's policy is the learner's policy (lag 0), and that is measured on every trained token; with `rollout.max_lag` they
+overlap, and each token knows the version that sampled it.
 
 Departures from the paper, each a key of the recipe: the loss is a mean over all tokens rather than a mean of per-answer
 means (`algorithm.loss_aggregation: sequence` restores it), and groups whose rewards are all equal may be left out
@@ -18,6 +19,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -26,10 +28,10 @@ from posttrain.cli import run_stage
 from posttrain.grpo_job import GrpoJob
 from posttrain.interrupt import StopRequest, graceful_stop
 from posttrain.metrics import Metric, merge
-from posttrain.parity import ParityReport, require_parity
+from posttrain.parity import Mismatch, ParityReport, require_parity
 from posttrain.progress import Progress
 from posttrain.recipe import AlgorithmSection, GrpoRecipe
-from posttrain.rollout import Rollout
+from posttrain.rollout import Rollout, Source
 from posttrain.types import Sample
 
 
@@ -47,35 +49,40 @@ def run(recipe: GrpoRecipe, *, resume: bool = False) -> int:
 def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
     """The loop, from the step the job stands at to the last."""
     recipe = job.recipe
-    rollouts = rollout.stream(
+    source = Source(
         job.prompts.take,
         job.generate,
         job.score_rewards,
         num_prompts=recipe.rollout.num_prompts,
         params=job.sampling,
         max_batches=recipe.algorithm.dynamic_sampling_batches,
+        cursor=job.prompts.state,
     )
-    while job.step < recipe.max_steps and not stop:
-        start = time.perf_counter()
-        batch = next(rollouts)
-        batch_advantages = group_advantages(batch, recipe.algorithm)
+    steps = range(job.step, recipe.max_steps)
+    stream = rollout.stream(source, steps, lambda: job.samplers.version, max_lag=recipe.rollout.max_lag)
+    with closing(stream) as rollouts:
+        while job.step < recipe.max_steps and not stop:
+            start = time.perf_counter()
+            batch = next(rollouts)
+            batch_advantages = group_advantages(batch, recipe.algorithm)
 
-        sampled = time.perf_counter()
-        samples, parity = score(batch, batch_advantages, job)
-        require_parity(parity, recipe.parity)
-        learned = learn(samples, job)
+            sampled = time.perf_counter()
+            samples, parity, apart = score(batch, batch_advantages, job)
+            require_parity(parity, recipe.parity)
+            learned = learn(samples, job)
 
-        trained = time.perf_counter()
-        receipts = job.publisher.publish(job.step + 1)
-        job.step += 1
-        job.renew_reference_when_due()
+            trained = time.perf_counter()
+            receipts = job.publisher.publish(job.step + 1)
+            job.step += 1
+            job.renew_reference_when_due()
 
-        seconds = {
-            "time/learn": trained - sampled,
-            "time/publish": time.perf_counter() - trained,
-            "time/step": time.perf_counter() - start,
-        }
-        job.end_step(batch, batch_advantages, parity, learned, receipts, seconds, progress)
+            seconds = {
+                "time/wait": sampled - start,
+                "time/learn": trained - sampled,
+                "time/publish": time.perf_counter() - trained,
+                "time/step": time.perf_counter() - start,
+            }
+            job.end_step(batch, batch_advantages, parity, apart, learned, receipts, seconds, progress)
 
 
 def group_advantages(batch: Rollout, algorithm: AlgorithmSection) -> list[tuple[float, ...]]:
@@ -93,7 +100,7 @@ def group_advantages(batch: Rollout, algorithm: AlgorithmSection) -> list[tuple[
 
 def score(
     batch: Rollout, batch_advantages: Sequence[Sequence[float]], job: GrpoJob
-) -> tuple[list[Sample], ParityReport]:
+) -> tuple[list[Sample], ParityReport, Mismatch]:
     """The samples to train on, each with the learner's own logprobs (the ratio's old policy) and the reference's."""
     algorithm = job.recipe.algorithm
     pairs = list(zip(batch.groups, batch_advantages, strict=True))
@@ -108,6 +115,8 @@ def score(
             advantage,
             completion.experts_TLK,
             trained=completion.trained,
+            candidates_TC=completion.candidates_TC,
+            stale_tokens=completion.stale_tokens(job.step, keeps_cache=job.recipe.rollout.cache_on_update == "keep"),
         )
         for group, advantages_G in pairs
         for index, (completion, advantage) in enumerate(zip(group.completions, advantages_G, strict=True))
@@ -118,7 +127,7 @@ def score(
         replace(sample, old_logprobs=scores.logprobs[index], ref_logprobs=scores.ref_logprobs.get(index))
         for index, sample in enumerate(samples)
     ]
-    return token_advantages(scored, algorithm), scores.parity
+    return token_advantages(scored, algorithm), scores.parity, scores.mismatch
 
 
 def token_advantages(samples: Sequence[Sample], algorithm: AlgorithmSection) -> list[Sample]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from posttrain.episode_reward import episode_scorer
 from posttrain.episodes import episodes
 from posttrain.errors import RunStopped
 from posttrain.metrics import Metric, MetricsLog
-from posttrain.parity import ParityReport
+from posttrain.parity import Mismatch, ParityReport
 from posttrain.progress import Progress, before_after_table, paths_written
 from posttrain.recipe import GrpoRecipe, ModelSection
 from posttrain.recipe_file import dump_recipe
@@ -55,6 +55,7 @@ class GrpoJob:
     started: float = field(default_factory=time.perf_counter)
     last_metrics: dict[str, Metric] = field(default_factory=dict)
     saved_step: int = -1
+    cursor: Mapping[str, Any] = field(default_factory=dict)  # of the prompts, after those that were trained on
 
     @property
     def sampling(self) -> SamplingParams:
@@ -72,6 +73,7 @@ class GrpoJob:
         batch: Rollout,
         advantages: Sequence[Sequence[float]],
         parity: ParityReport,
+        apart: Mismatch,
         learned: dict[str, Metric],
         receipts: Sequence[Receipt],
         seconds: dict[str, float],
@@ -85,6 +87,7 @@ class GrpoJob:
         metrics = {
             **batch.metrics(self.step - 1),
             **parity.metrics(),
+            **apart.metrics(),
             **learned,
             **publication_metrics(receipts),
             **{name: Metric(value, "mean") for name, value in seconds.items()},
@@ -101,6 +104,7 @@ class GrpoJob:
         self.log.log(self.step, metrics)
         self.run_dir.write_samples(self.step, batch.groups, advantages)
         self.last_metrics = metrics
+        self.cursor = batch.cursor
         for complaint in batch.complaints:
             progress.note(complaint)
         progress.update(self.step, metrics)
@@ -136,7 +140,10 @@ class GrpoJob:
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
         self.saved_step = self.step
-        state = {"prompts": self.prompts.state(), **({"audit": self.audit.state()} if self.audit else {})}
+        state = {
+            "prompts": self.cursor or self.prompts.state(),
+            **({"audit": self.audit.state()} if self.audit else {}),
+        }
         return checkpoint.save(
             self.run_dir.checkpoints,
             self.step,
@@ -203,7 +210,9 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
     tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
     prompts = PromptStream(load_records(recipe.datasets, "train", recipe.seed), tokenizer, recipe.seed)
     with session(recipe.ray_address, _cpus(recipe)), ExitStack() as stack:
-        samplers = SamplerPool(model, recipe.sampler, recipe.seed, skip_version=recipe.faults.skip_publication)
+        samplers = SamplerPool(
+            model, recipe.sampler, recipe.seed, skip_version=recipe.faults.skip_publication, rollout=recipe.rollout
+        )
         learner = _learner(recipe, model, _reference(recipe, run_dir, found))
         generate = stack.enter_context(
             episodes(recipe.environment, samplers.generate, tokenizer, recipe.sampler.max_model_len)
@@ -276,7 +285,7 @@ def _learner(recipe: GrpoRecipe, model: ModelSection, reference_path: str | None
         optimizer=recipe.optimizer,
         reference_path=reference_path,
         origin=recipe.model.model_name_or_path,
-        bias_update_speed=recipe.router.bias_update_speed,
+        router_section=recipe.router,
         temperature=recipe.rollout.temperature,
         max_completion_length=recipe.rollout.max_completion_length,
         total_steps=recipe.max_steps * recipe.algorithm.num_minibatches * recipe.algorithm.num_iterations,

@@ -39,8 +39,31 @@ class RolloutSection(Section):
     num_generations: Annotated[int, BeforeValidator(no_bool), Field(ge=2)] = 16
     max_completion_length: PositiveInt = 128
     temperature: Annotated[Number, Field(gt=0)] = 1.0
-    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    top_k: NonNegativeInt = 0
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0  # below 1 top_k is needed too
+    top_k: NonNegativeInt = 0  # 0 keeps the whole vocabulary
+    max_lag: NonNegativeInt = 0  # versions that samples may be older than the policy that trains on them
+    in_flight_updates: bool = False  # publish while samplers generate; their completions go on with the new weights
+    cache_on_update: Literal["keep", "recompute"] = "keep"  # keys and values of what is being generated then
+
+    @model_validator(mode="after")
+    def _updates_meet_something(self) -> RolloutSection:
+        if self.in_flight_updates and not self.max_lag:
+            raise ValueError(
+                "in_flight_updates with max_lag=0: nothing is being generated when the weights are published; set max_lag: 1 "
+                "or more, or leave it out"
+            )
+        if self.cache_on_update == "recompute" and not self.in_flight_updates:
+            raise ValueError("cache_on_update: recompute has no meaning without in_flight_updates; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _candidates_are_bounded(self) -> RolloutSection:
+        if self.top_p < 1 and not self.top_k:
+            raise ValueError(
+                f"top_p={self.top_p:g} without top_k: the tokens that could be sampled are kept for the learner, and without "
+                f"a bound that may be the whole vocabulary at each place; set top_k as well, e.g. 64"
+            )
+        return self
 
 
 class AlgorithmSection(Section):
@@ -59,6 +82,7 @@ class AlgorithmSection(Section):
     kl_in: Literal["loss", "reward"] = "loss"
     reference_refresh_steps: NonNegativeInt = 0  # the policy becomes the reference every so many steps; 0: never
     entropy_coef: NonNegative = 0.0  # weight of the entropy, which is maximised
+    old_policy: Literal["learner", "sampler"] = "learner"  # whose logprobs the ratio is taken to
     importance: Literal["none", "truncate", "mask"] = "none"  # weight old policy / sampler: TIS, IcePop
     importance_cap: Annotated[Number, Field(ge=1)] = 2.0  # its upper bound
     importance_floor: Fraction = 0.5  # mask: its lower bound
@@ -85,6 +109,10 @@ class AlgorithmSection(Section):
                 f"kl_estimator={self.kl_estimator!r} with kl_in: reward: the reward of a token takes the log-ratio itself; "
                 f"set kl_estimator: k1"
             )
+        if self.old_policy == "sampler" and self.importance != "none":
+            raise ValueError(
+                f"importance: {self.importance} with old_policy: sampler: the ratio is the sampler's already; take one"
+            )
         if self.dynamic_sampling_batches > 1 and not self.drop_zero_signal_groups:
             raise ValueError(
                 f"dynamic_sampling_batches={self.dynamic_sampling_batches} replaces groups without signal; set "
@@ -100,6 +128,22 @@ class AlgorithmSection(Section):
     @property
     def clip_high(self) -> float:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+
+class GrpoRouterSection(RouterSection):
+    """The router in RL. By default it routes as it is and its weights train; the correction bias stays."""
+
+    replay: bool = False  # the learner uses the experts that the sampler chose
+    bias_counts: Literal["learner", "sampler"] = "learner"  # whose choices move the bias; sampler needs replay
+
+    @model_validator(mode="after")
+    def _counts_are_there(self) -> GrpoRouterSection:
+        if self.bias_counts == "sampler" and not (self.replay and self.bias_update_speed):
+            raise ValueError(
+                "bias_counts: sampler counts replayed experts to move the correction bias; set replay: true and a "
+                "bias_update_speed as well, or leave it out"
+            )
+        return self
 
 
 class LearnerSection(Section):
@@ -161,7 +205,7 @@ class GrpoRecipe(Recipe):
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     optimizer: OptimizerSection = OptimizerSection()
-    router: RouterSection = RouterSection()
+    router: GrpoRouterSection = GrpoRouterSection()
     learner: LearnerSection = LearnerSection()
     sampler: SamplerSection = SamplerSection()
     parity: ParitySection = ParitySection()
@@ -198,6 +242,21 @@ class GrpoRecipe(Recipe):
             raise ValueError(
                 f"parity.canary_length={self.parity.canary_length} does not fit sampler.max_model_len="
                 f"{self.sampler.max_model_len}; lower parity.canary_length"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lag_is_corrected(self) -> GrpoRecipe:
+        algorithm = self.algorithm
+        uncorrected = algorithm.importance == "none" and algorithm.old_policy == "learner"
+        if self.rollout.max_lag and uncorrected:
+            raise ValueError(
+                f"rollout.max_lag={self.rollout.max_lag} trains on samples of older policies, uncorrected; set "
+                f"algorithm.importance: truncate (or mask), or algorithm.old_policy: sampler"
+            )
+        if self.rollout.max_lag and algorithm.policy_loss == "reinforce" and algorithm.old_policy == "sampler":
+            raise ValueError(
+                "policy_loss: reinforce has no ratio, so old_policy: sampler corrects nothing; set importance: truncate"
             )
         return self
 

@@ -20,10 +20,12 @@ from posttrain import losses
 from posttrain.errors import RunStopped
 from posttrain.metrics import Metric
 from posttrain.model import load, mtp, router
+from posttrain.model.balance import RouterBalance
+from posttrain.model.replay import replay_routing
 from posttrain.objective import denominator, objective
 from posttrain.packing import unpack
-from posttrain.parity import ParityReport, compare
-from posttrain.recipe import AlgorithmSection, LearnerSection, ModelSection, OptimizerSection
+from posttrain.parity import Mismatch, ParityReport, compare, mismatch
+from posttrain.recipe import AlgorithmSection, GrpoRouterSection, LearnerSection, ModelSection, OptimizerSection
 from posttrain.types import Microbatch, Sample, TrainBatch
 
 
@@ -34,12 +36,14 @@ class Scores:
     logprobs: Mapping[int, tuple[float, ...]]
     ref_logprobs: Mapping[int, tuple[float, ...]]  # empty without a reference
     parity: ParityReport
+    mismatch: Mismatch
 
     def __add__(self, other: Scores) -> Scores:
         return Scores(
             {**self.logprobs, **other.logprobs},
             {**self.ref_logprobs, **other.ref_logprobs},
             self.parity + other.parity,
+            self.mismatch + other.mismatch,
         )
 
 
@@ -54,7 +58,7 @@ class Learner:
         *,
         reference_path: str | None,
         origin: str | None = None,
-        bias_update_speed: float,
+        router_section: GrpoRouterSection,
         temperature: float,
         max_completion_length: int,
         total_steps: int,
@@ -67,7 +71,6 @@ class Learner:
         self._publish_dtype = getattr(torch, model.dtype)
         self._temperature = temperature
         self._max_completion_length = max_completion_length
-        self._bias_update_speed = bias_update_speed
         assert model.model_name_or_path is not None
         # Where a prediction module is that is carried along: the run's own checkpoints may be deleted meanwhile.
         self._origin = origin or model.model_name_or_path
@@ -80,6 +83,8 @@ class Learner:
             self._reference = self._load(model, reference_path).requires_grad_(False).eval()
             self._reference.to(self._accelerator.device)
         self._routers = router.find_routers(self._model)
+        self._router_section = router_section
+        self._balance = RouterBalance(self._routers, router_section)
         raw_optimizer = torch.optim.AdamW(
             _decay_groups(self._model, optimizer.weight_decay),
             lr=optimizer.learning_rate,
@@ -91,7 +96,6 @@ class Learner:
         # Dropout is off in every policy trained here, so one mode serves training and scoring.
         self._model.train()
         self._wrapped, self._optimizer = self._accelerator.prepare(self._model, raw_optimizer)
-        self._counts_LE: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -107,14 +111,17 @@ class Learner:
         for index, microbatch in enumerate(batch.microbatches):
             microbatch = _to(microbatch, self._accelerator.device)
             with nullcontext() if index == last else self._accelerator.no_sync(self._wrapped):
-                with router.record_routing(self._routers) as trace:
-                    logprobs_RW, entropy_RW = self._logprobs(
-                        self._wrapped, microbatch, entropy_gradient=bool(algorithm.entropy_coef)
-                    )
-                loss_sum, sums = objective(logprobs_RW, entropy_RW, microbatch, algorithm)
-                # Ranks' gradients are averaged, so the sum over ranks needs their number.
-                self._accelerator.backward(loss_sum * (self._accelerator.num_processes / divisor))
-            self._count_experts(trace, microbatch)
+                trace = router.RouterTrace()
+                with replay_routing(self._routers, self._replayed(microbatch), trace):
+                    with router.record_routing(self._routers, trace):
+                        logprobs_RW, entropy_RW = self._logprobs(
+                            self._wrapped, microbatch, entropy_gradient=bool(algorithm.entropy_coef)
+                        )
+                    loss_sum, sums = objective(logprobs_RW, entropy_RW, microbatch, algorithm)
+                    # Ranks' gradients are averaged, so the sum over ranks needs their number.
+                    self._accelerator.backward(loss_sum * (self._accelerator.num_processes / divisor))
+            real_N = (microbatch.sample_ids_RW >= 0).flatten()
+            self._balance.observe(trace, real_N, replayed=self._router_section.bias_counts == "sampler")
             _accumulate(metrics, sums, batch.num_loss_tokens)
             _accumulate(metrics, {"policy/loss": loss_sum.detach()}, divisor)
         return metrics
@@ -135,20 +142,12 @@ class Learner:
             "optim/grad_norm": Metric(grad_norm, "mean"),
             "optim/learning_rate": Metric(learning_rate, "last"),
         }
-        if self._counts_LE is not None:
-            counts_LE = self._accelerator.reduce(self._counts_LE, "sum")
-            metrics["router/max_violation"] = Metric(router.max_violation(counts_LE), "mean")
-            if self._bias_update_speed:
-                router.update_correction_bias(self._routers, counts_LE, self._bias_update_speed)
-            self._counts_LE = None
-        return metrics
+        self._balance.end_step()
+        return {**metrics, **self._balance.metrics()}
 
-    def _count_experts(self, trace: router.RouterTrace, microbatch: Microbatch) -> None:
-        if not self._routers:
-            return
-        real_N = (microbatch.sample_ids_RW >= 0).flatten()
-        counts_LE = router.expert_counts(trace, real_N, self._num_experts)
-        self._counts_LE = counts_LE if self._counts_LE is None else self._counts_LE + counts_LE
+    def _replayed(self, microbatch: Microbatch) -> torch.Tensor | None:
+        """The experts that the sampler chose, if the learner is to use them."""
+        return microbatch.experts_NLK if self._router_section.replay else None
 
     # --- scoring --------------------------------------------------------------------------------------------------
 
@@ -164,19 +163,25 @@ class Learner:
             near_tie_margin: see `posttrain.parity`.
             temperature: None takes that of the training.
         """
-        ours, references, parity = [], [], ParityReport()
+        ours, references, parity, apart = [], [], ParityReport(), Mismatch()
         for microbatch in batch.microbatches:
             microbatch = _to(microbatch, self._accelerator.device)
-            with router.record_routing(self._routers) as trace:
+            trace = router.RouterTrace()
+            with (
+                replay_routing(self._routers, self._replayed(microbatch), trace),
+                router.record_routing(self._routers, trace),
+            ):
                 logprobs_RW, _ = self._logprobs(self._model, microbatch, temperature)
             ours.append(logprobs_RW.cpu())
             if self._reference is not None:
                 references.append(self._logprobs(self._reference, microbatch, temperature)[0].cpu())
-            parity += self._compare(microbatch, logprobs_RW, trace, samples, near_tie_margin)
+            found = self._compare(microbatch, logprobs_RW, trace, samples, near_tie_margin)
+            parity, apart = parity + found[0], apart + found[1]
         return Scores(
             unpack(ours, batch, samples),
             unpack(references, batch, samples) if references else {},
             parity,
+            apart,
         )
 
     def _compare(
@@ -186,20 +191,28 @@ class Learner:
         trace: router.RouterTrace,
         samples: Sequence[Sample],
         near_tie_margin: float,
-    ) -> ParityReport:
-        report = ParityReport()
+    ) -> tuple[ParityReport, Mismatch]:
+        report, apart = ParityReport(), Mismatch()
         ids_N, logprobs_N = microbatch.sample_ids_RW.flatten(), logprobs_RW.flatten()
-        chosen_NLK = trace.chosen_NLK() if self._routers else None
+        chosen_NLK, used_NLK = (trace.chosen_NLK(), trace.used_NLK()) if self._routers else (None, None)
         for index in ids_N.unique().tolist():
             if index < 0:
                 continue
             sample, rows = samples[index], (ids_N == index).nonzero().flatten()
+            own: list[router.Flip] = []
             flips: list[router.Flip] = []
-            if sample.experts_TLK is not None and chosen_NLK is not None:
-                flips = router.find_flips(sample.experts_TLK, chosen_NLK, trace, rows[:-1], self._routers)
+            if sample.experts_TLK is not None and chosen_NLK is not None and used_NLK is not None:
+                own = router.find_flips(sample.experts_TLK, chosen_NLK, trace, rows[:-1], self._routers)
+                # What replay left to the router is compared as well: the experts that were used, whoever chose them.
+                flips = (
+                    router.find_flips(sample.experts_TLK, used_NLK, trace, rows[:-1], self._routers)
+                    if trace.used
+                    else own
+                )
             values = logprobs_N[rows[len(sample.prompt_ids) :]].tolist()
             report += compare(sample, values, flips, near_tie_margin=near_tie_margin, name=f"sample {index}")
-        return report
+            apart += mismatch(sample, values, own, len(self._routers))
+        return report, apart
 
     def _logprobs(
         self, model: Any, microbatch: Microbatch, temperature: float | None = None, *, entropy_gradient: bool = False
@@ -209,7 +222,11 @@ class Learner:
             input_ids=microbatch.input_ids_RW, position_ids=microbatch.position_ids_RW, use_cache=False
         ).logits
         return losses.token_logprobs(
-            logits_RWV, microbatch.input_ids_RW, temperature or self._temperature, entropy_gradient=entropy_gradient
+            logits_RWV,
+            microbatch.input_ids_RW,
+            temperature or self._temperature,
+            entropy_gradient=entropy_gradient,
+            candidates_RWC=microbatch.candidates_RWC,
         )
 
     # --- weights and state ----------------------------------------------------------------------------------------
@@ -244,15 +261,11 @@ class Learner:
     def drop_gradients(self) -> None:
         """Forget what `forward_backward` has accumulated."""
         self._optimizer.zero_grad()
-        self._counts_LE = None
+        self._balance.forget_step()
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The accumulated gradient by parameter name (copies), for inspection."""
         return {name: p.grad.clone() for name, p in self._model.named_parameters() if p.grad is not None}
-
-    @property
-    def _num_experts(self) -> int:
-        return int(self._routers[0].weight.shape[0])
 
     def _load(self, model: ModelSection, path: str) -> Any:
         # The learner's own weights are float32: a bfloat16 weight would swallow small updates.
@@ -297,5 +310,8 @@ def _scheduler(optimizer: torch.optim.Optimizer, section: OptimizerSection, tota
 
 
 def _to(microbatch: Microbatch, device: torch.device) -> Microbatch:
-    fields = {name: getattr(microbatch, name).to(device) for name in Microbatch.__slots__}
-    return Microbatch(**fields)
+    def moved(name: str) -> Any:
+        value: torch.Tensor | None = getattr(microbatch, name)
+        return value if value is None else value.to(device)
+
+    return Microbatch(**{name: moved(name) for name in Microbatch.__slots__})

@@ -9,7 +9,8 @@ Entry [r, w] of a per-token tensor speaks of predicting token w from the tokens 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 from typing import Literal
 
 import torch
@@ -21,7 +22,12 @@ _LEAST_LOGPROB = -1e4
 
 
 def token_logprobs(
-    logits_RWV: torch.Tensor, input_ids_RW: torch.Tensor, temperature: float, *, entropy_gradient: bool = False
+    logits_RWV: torch.Tensor,
+    input_ids_RW: torch.Tensor,
+    temperature: float,
+    *,
+    entropy_gradient: bool = False,
+    candidates_RWC: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each token under softmax(logits / temperature), and the entropy of that distribution.
 
@@ -33,6 +39,9 @@ def token_logprobs(
         input_ids_RW: int64, the tokens.
         temperature: above 0; that of the sampler.
         entropy_gradient: let a gradient through the entropy; costs one more float32 copy of the logits.
+        candidates_RWC: int32, the tokens that top-k and top-p left entry w to be sampled from, -1 fills up; only these share
+            the probability (DeepSeek-V3.2's keep-sampling-mask, section 3.1). Where all are -1, and without the argument,
+            it is the whole vocabulary.
 
     Returns:
         logprobs_RW: float32, natural log; column 0 is 0, because nothing predicts the first token. Where a sample
@@ -50,6 +59,7 @@ def token_logprobs(
     # The targets are shifted and not the logits: dropping the last position of the logits would copy them all.
     # Whatever the last position of a row "predicts" is thrown away below.
     targets_N = torch.roll(input_ids_RW, shifts=-1, dims=1).reshape(R * W)
+    candidates = _split_candidates(candidates_RWC)
     logprobs, entropies = [], []
     # One split, not many slices: the backward pass of a slice allocates zeros as large as all the logits.
     for logits_CV, targets_C in zip(
@@ -58,8 +68,11 @@ def token_logprobs(
         scaled_CV = logits_CV.float()
         if temperature != 1.0:
             scaled_CV = scaled_CV / temperature
+        of_targets_C = scaled_CV.gather(1, targets_C[:, None]).squeeze(1)
+        if (allowed_CN := next(candidates)) is not None:
+            scaled_CV = _truncated(scaled_CV, allowed_CN)
         log_normaliser_C = scaled_CV.logsumexp(dim=-1)
-        logprobs.append(scaled_CV.gather(1, targets_C[:, None]).squeeze(1) - log_normaliser_C)
+        logprobs.append(of_targets_C - log_normaliser_C)
         if entropy_gradient:
             log_probabilities_CV = scaled_CV - log_normaliser_C[:, None]
             # A token that cannot come (-inf) counts 0, and so does its gradient.
@@ -70,6 +83,25 @@ def token_logprobs(
             # -p ln p, which is 0 (and not NaN) at p = 0.
             entropies.append(torch.special.entr((scaled_CV - log_normaliser_C[:, None]).exp_()).sum(dim=-1))
     return _shift_right(logprobs, R, W), _shift_right(entropies, R, W)
+
+
+def _split_candidates(candidates_RWC: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
+    """The candidates of the tokens that each slice of positions predicts, [slice, candidates]; None without end otherwise."""
+    if candidates_RWC is None:
+        return repeat(None)
+    shifted_RWC = torch.roll(candidates_RWC, shifts=-1, dims=1)
+    return iter(shifted_RWC.reshape(-1, candidates_RWC.shape[-1]).split(_CHUNK_TOKENS))
+
+
+def _truncated(scaled_CV: torch.Tensor, allowed_CN: torch.Tensor) -> torch.Tensor:
+    """-inf for tokens that could not be sampled; rows without candidates stay as they are."""
+    # One more column takes what fills up.
+    V = scaled_CV.shape[1]
+    places_CN = torch.where(allowed_CN >= 0, allowed_CN.long(), V)
+    kept_CV = torch.zeros(len(scaled_CV), V + 1, dtype=torch.bool, device=scaled_CV.device)
+    kept_CV = kept_CV.scatter_(1, places_CN, True)[:, :V]
+    kept_CV |= (allowed_CN < 0).all(dim=1, keepdim=True)
+    return scaled_CV.masked_fill(~kept_CV, -torch.inf)
 
 
 def _shift_right(chunks: Iterable[torch.Tensor], R: int, W: int) -> torch.Tensor:

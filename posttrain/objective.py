@@ -30,9 +30,8 @@ def objective(
         sums: detached sums over the trained tokens, to be divided by their number, under the names they are logged by.
     """
     mask_RW = microbatch.loss_mask_RW
-    tokens = PolicyTokens(
-        logprobs_RW, microbatch.old_logprobs_RW, microbatch.advantages_RW, mask_RW, microbatch.sample_ids_RW
-    )
+    old_RW = microbatch.sampler_logprobs_RW if algorithm.old_policy == "sampler" else microbatch.old_logprobs_RW
+    tokens = PolicyTokens(logprobs_RW, old_RW, microbatch.advantages_RW, mask_RW, microbatch.sample_ids_RW)
     loss_RW, metrics = find_loss(algorithm.policy_loss)(
         tokens, epsilon_low=algorithm.epsilon, epsilon_high=algorithm.clip_high
     )
@@ -41,10 +40,9 @@ def objective(
     metrics |= corrections
     trained_RW = torch.where(mask_RW, logprobs_RW, 0.0)
     with torch.no_grad():
-        metrics["kl_old"] = losses.kl_estimate(microbatch.old_logprobs_RW, trained_RW, "k3").sum()
+        metrics["kl_old"] = losses.kl_estimate(old_RW, trained_RW, "k3").sum()
     if algorithm.beta:
-        old_RW, ref_RW = microbatch.old_logprobs_RW, microbatch.ref_logprobs_RW
-        kl_RW = losses.kl_estimate(trained_RW, ref_RW, algorithm.kl_estimator, old_RW)
+        kl_RW = losses.kl_estimate(trained_RW, microbatch.ref_logprobs_RW, algorithm.kl_estimator, old_RW)
         metrics["kl_ref"] = kl_RW.detach().sum()
         if algorithm.kl_in == "loss":
             loss_RW = loss_RW + algorithm.beta * kl_RW

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from posttrain.types import Microbatch, Sample, TrainBatch
@@ -34,6 +35,7 @@ def pack(
     row_length: int,
     pad_token_id: int,
     samples_per_row: int | None = None,
+    with_experts: bool = False,
 ) -> list[TrainBatch]:
     """Spread a minibatch over the ranks.
 
@@ -44,6 +46,7 @@ def pack(
         row_length: most tokens of a row.
         pad_token_id: fills rows up; any token of the vocabulary will do, since no sample sees it.
         samples_per_row: most samples of a row; 1 is the classic padded layout, None sets no limit.
+        with_experts: write the experts that the sampler chose, for routing replay.
 
     Returns:
         One batch per rank. All ranks have the same number of microbatches, so that their collectives line up: a rank
@@ -73,7 +76,7 @@ def pack(
     num_loss_tokens = sum(sample.num_trained for sample in samples)
     return [
         TrainBatch(
-            microbatches=tuple(_build(samples, rows, pad_token_id) for rows in share),
+            microbatches=tuple(_build(samples, rows, pad_token_id, with_experts) for rows in share),
             num_loss_tokens=num_loss_tokens,
             num_samples=len(samples),
         )
@@ -201,7 +204,7 @@ def _share_out(microbatches: list[list[_Row]], world_size: int) -> list[list[lis
     return shares
 
 
-def _build(samples: Sequence[Sample], rows: list[_Row], pad_token_id: int) -> Microbatch:
+def _build(samples: Sequence[Sample], rows: list[_Row], pad_token_id: int, with_experts: bool) -> Microbatch:
     """Tensors of some rows; of one row of one padding token if there are none."""
     shape = (max(1, len(rows)), max((row.length for row in rows), default=1))
     microbatch = Microbatch(
@@ -213,6 +216,8 @@ def _build(samples: Sequence[Sample], rows: list[_Row], pad_token_id: int) -> Mi
         sampler_logprobs_RW=torch.zeros(shape),
         old_logprobs_RW=torch.zeros(shape),
         ref_logprobs_RW=torch.zeros(shape),
+        experts_NLK=_blank_experts(samples, rows, shape) if with_experts else None,
+        candidates_RWC=_blank_candidates(samples, rows, shape),
     )
     for number, row in enumerate(rows):
         start = 0
@@ -237,3 +242,30 @@ def _write(microbatch: Microbatch, row: int, start: int, index: int, sample: Sam
         microbatch.old_logprobs_RW[row, completion] = torch.tensor(sample.old_logprobs) * mask_T
     if sample.ref_logprobs is not None:
         microbatch.ref_logprobs_RW[row, completion] = torch.tensor(sample.ref_logprobs) * mask_T
+    if microbatch.experts_NLK is not None and sample.experts_TLK is not None:
+        first = row * microbatch.input_ids_RW.shape[1] + start
+        known = sample.experts_TLK[: _length(sample) - 1]  # the last token was never fed to the sampler
+        microbatch.experts_NLK[first : first + len(known)] = torch.from_numpy(np.ascontiguousarray(known))
+    if microbatch.candidates_RWC is not None and sample.candidates_TC is not None:
+        candidates_TC = torch.from_numpy(np.ascontiguousarray(sample.candidates_TC))
+        microbatch.candidates_RWC[row, completion, : candidates_TC.shape[1]] = candidates_TC
+
+
+def _blank_experts(samples: Sequence[Sample], rows: list[_Row], shape: tuple[int, int]) -> torch.Tensor | None:
+    """Room for the experts that the sampler chose; None if it named none."""
+    known = [samples[index].experts_TLK for row in rows for index in row.indices]
+    layers_and_experts = next((experts_TLK.shape[1:] for experts_TLK in known if experts_TLK is not None), None)
+    if layers_and_experts is None:
+        return None
+    return torch.full((shape[0] * shape[1], *layers_and_experts), -1, dtype=torch.int16)
+
+
+def _blank_candidates(samples: Sequence[Sample], rows: list[_Row], shape: tuple[int, int]) -> torch.Tensor | None:
+    """Room for the tokens that sampling left to choose from; None if it left out none."""
+    sizes = [
+        candidates_TC.shape[1]
+        for row in rows
+        for index in row.indices
+        if (candidates_TC := samples[index].candidates_TC) is not None
+    ]
+    return torch.full((*shape, max(sizes)), -1, dtype=torch.int32) if sizes else None

@@ -1,12 +1,15 @@
-"""Prompts through sampler and rewards: a stream of scored rollouts, one per step."""
+"""Prompts through sampler and rewards: a stream of scored rollouts, one per step, ahead of the learner if it may be."""
 
 from __future__ import annotations
 
 import math
+import queue
 import statistics
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from posttrain.advantages import has_signal
 from posttrain.metrics import Metric, merge
@@ -15,6 +18,9 @@ from posttrain.types import Completion, Group, Prompt, SamplingParams
 
 Generate = Callable[[Sequence[Prompt], SamplingParams], list[list[Completion]]]
 Score = Callable[[Sequence[Prompt], Sequence[Sequence[Completion]]], Scored]
+
+_POLL_SECONDS = 0.005
+_CLOSE_SECONDS = 30.0  # a thread that samples longer is left alone: what it waits for is about to be shut down
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,7 @@ class Rollout:
     reward_metrics: dict[str, Metric]
     complaints: tuple[str, ...]  # of rewards that failed somewhere
     seconds_generate: float
+    cursor: Mapping[str, Any] = field(default_factory=dict)  # of the prompts, after those of this step
 
     @property
     def completions(self) -> list[Completion]:
@@ -46,22 +53,17 @@ class Rollout:
             "time/rollout": self.seconds_generate,
         }
         metrics = {name: Metric(value, "mean") for name, value in values.items()}
-        metrics["lag/max"] = Metric(max(policy_version - c.policy_version for c in completions), "max")
+        lags = [policy_version - version for c in completions for version in c.sampled(c.versions)]
+        metrics["lag/max"] = Metric(max(lags), "max")
+        metrics["lag/mean"] = Metric(statistics.fmean(lags), "mean")
         return {**metrics, **self.reward_metrics}
 
 
-def stream(
-    take: Callable[[int], Sequence[Prompt]],
-    generate: Generate,
-    score: Score,
-    *,
-    num_prompts: int,
-    params: SamplingParams,
-    max_batches: int = 1,
-) -> Iterator[Rollout]:
-    """Rollouts without end. Each is generated when it is asked for, so it is as fresh as the last publication.
+@dataclass(frozen=True)
+class Source:
+    """Where rollouts come from.
 
-    Args:
+    Attributes:
         take: gives the next n prompts.
         generate: draws completions, e.g. `SamplerPool.generate`.
         score: gives them rewards, e.g. `RewardPool.score`.
@@ -69,30 +71,94 @@ def stream(
         params: G and how to draw.
         max_batches: above 1, groups without signal are replaced by others (DAPO's dynamic sampling), for which up to so many
             batches are sampled; each is about as large as the last one's share of groups with signal makes necessary.
+        cursor: the state of `take`, after what it gave last.
     """
-    while True:
+
+    take: Callable[[int], Sequence[Prompt]]
+    generate: Generate
+    score: Score
+    num_prompts: int
+    params: SamplingParams
+    max_batches: int = 1
+    cursor: Callable[[], Mapping[str, Any]] = dict
+
+    def rollout(self) -> Rollout:
+        """The next one, sampled now."""
         start = time.perf_counter()
         sampled: list[Group] = []
         complaints: list[str] = []
         metrics: list[dict[str, Metric]] = []
         seconds_scoring = 0.0
-        wanted = num_prompts
-        for _ in range(max_batches):
-            prompts = take(wanted)
-            completions = generate(prompts, params)
+        wanted = self.num_prompts
+        for _ in range(self.max_batches):
+            prompts = self.take(wanted)
+            completions = self.generate(prompts, self.params)
             scoring = time.perf_counter()
-            scored = score(prompts, completions)
+            scored = self.score(prompts, completions)
             seconds_scoring += time.perf_counter() - scoring
             sampled += scored.groups
             complaints += scored.complaints
             metrics.append(scored.metrics)
             useful = sum(has_signal(group.judged_rewards) for group in sampled)
-            if useful >= num_prompts or max_batches == 1:
+            if useful >= self.num_prompts or self.max_batches == 1:
                 break
             share = max(useful, 1) / len(sampled)
-            wanted = min(num_prompts, math.ceil((num_prompts - useful) / share))
+            wanted = min(self.num_prompts, math.ceil((self.num_prompts - useful) / share))
         seconds = time.perf_counter() - start - seconds_scoring
-        yield Rollout(chosen(sampled, num_prompts), tuple(sampled), merge(metrics), tuple(complaints), seconds)
+        groups = chosen(sampled, self.num_prompts)
+        return Rollout(groups, tuple(sampled), merge(metrics), tuple(complaints), seconds, self.cursor())
+
+
+def stream(
+    source: Source, steps: range, version: Callable[[], int], *, max_lag: int = 0
+) -> Generator[Rollout, None, None]:
+    """A rollout for each step, sampled by the policy of that step or by one at most `max_lag` publications older.
+
+    With a lag of 0 each is sampled when it is asked for, by the policy that will train on it. Otherwise a thread samples
+    ahead: the rollout of step s is begun as soon as version s - max_lag is published, while the learner is still busy with
+    earlier ones. That is both the bound on staleness and the back-pressure: the thread waits when it is max_lag steps ahead.
+
+    Closing the generator ends the thread after the rollout that it is at.
+
+    Args:
+        source: where rollouts come from; used by one thread at a time.
+        steps: the numbers of the steps to come; step s trains version s and makes version s + 1 of it.
+        version: the number of the version that the samplers hold.
+        max_lag: versions.
+
+    Raises:
+        Whatever the source raises, where the rollout is asked for.
+    """
+    if max_lag == 0:
+        for _ in steps:
+            yield source.rollout()
+        return
+    done: queue.SimpleQueue[Rollout | BaseException] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def sample_ahead() -> None:
+        try:
+            for step in steps:
+                while version() < step - max_lag:
+                    if stop.wait(_POLL_SECONDS):
+                        return
+                if stop.is_set():
+                    return
+                done.put(source.rollout())
+        except BaseException as error:  # handed to whoever asks for the rollout
+            done.put(error)
+
+    thread = threading.Thread(target=sample_ahead, name="rollouts", daemon=True)
+    thread.start()
+    try:
+        for _ in steps:
+            found = done.get()
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+    finally:
+        stop.set()
+        thread.join(_CLOSE_SECONDS)
 
 
 def chosen(groups: Sequence[Group], count: int) -> tuple[Group, ...]:

@@ -5,18 +5,22 @@ text, in fewer steps where drafts are accepted (`speculation_counts`).
 
 The engine lives in the calling process (a Ray actor in the pipeline, a plain process in tests). Logprobs are those of the
 distribution that is sampled from (temperature, top-p and top-k applied): vLLM's default would ignore all three.
+
+Several threads may call: generations of one go on beside those of another, and `update_weights` changes the policy under
+them between two tokens.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posttrain.request_loop import RequestLoop
 from posttrain.types import Completion, Prompt, SamplingParams
 
 if TYPE_CHECKING:
@@ -55,6 +59,7 @@ class Sampler:
     Args:
         speculative_tokens: drafted per step by the checkpoint's multi-token prediction module; 0 does without. On CPU
             such a sampler is greedy only, see `require_exact`.
+        max_candidates: the largest top_k that will be asked for.
 
     Raises:
         ValueError: there is no such module.
@@ -71,6 +76,7 @@ class Sampler:
         trust_remote_code: bool,
         seed: int,
         speculative_tokens: int = 0,
+        max_candidates: int = 0,
     ) -> None:
         from vllm import LLM
         from vllm.platforms import current_platform
@@ -81,6 +87,8 @@ class Sampler:
             # vLLM's CPU kernel for interleaved rotary embedding computes wrong queries; its PyTorch code is right.
             settings["compilation_config"] = {"custom_ops": ["none"]}
             settings["enforce_eager"] = True
+            # Experts are recorded as they are computed, which a cached prefix is not.
+            settings["enable_prefix_caching"] = not _is_moe(model_path, trust_remote_code=trust_remote_code)
         else:
             settings["gpu_memory_utilization"] = gpu_memory_utilization
             settings["enable_return_routed_experts"] = True
@@ -97,17 +105,20 @@ class Sampler:
             max_num_seqs=max_num_seqs,
             trust_remote_code=trust_remote_code,
             seed=seed,
+            max_logprobs=max(20, max_candidates),
+            # A step that has begun would sample with the old weights and be counted as the new version's.
+            async_scheduling=False,
             logprobs_mode="processed_logprobs",
             worker_extension_cls="posttrain.vllm_extension.WorkerExtension",
             **settings,
         )
         self._engine = self._llm.llm_engine
-        self._ids = itertools.count()
+        self._loop = RequestLoop(self._engine)
         self._max_model_len = max_model_len
         self._num_moe_layers = self._rpc("start_routing_capture") if self._on_cpu else 0
         self._speculative_tokens = speculative_tokens
         self._speculation: list[SpeculationCount] = []
-        self.version = 0
+        self._set_version(0)
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
         """Sample `params.num_generations` completions of every prompt.
@@ -121,31 +132,29 @@ class Sampler:
         import vllm
 
         require_exact(params, self._speculative_tokens, on_cpu=self._on_cpu)
-        requests: dict[str, int] = {}
-        for index, prompt in enumerate(prompts):
-            room = self._max_model_len - len(prompt.token_ids) - 1
-            if room < 1:
+        for prompt in prompts:
+            if self._max_model_len - len(prompt.token_ids) < 2:
                 raise ValueError(
                     f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens and sampler.max_model_len is "
                     f"{self._max_model_len}: no room for an answer; raise sampler.max_model_len or drop the prompt"
                 )
+        requests: dict[str, int] = {}
+        for index, prompt in enumerate(prompts):
             drawn = vllm.SamplingParams(
                 temperature=params.temperature,
                 top_p=params.top_p,
                 top_k=params.top_k,
-                max_tokens=min(params.max_completion_length, room),
-                logprobs=0,
+                max_tokens=min(params.max_completion_length, self._max_model_len - len(prompt.token_ids) - 1),
+                logprobs=params.top_k if params.is_truncated else 0,
             )
             for _ in range(params.num_generations):
-                request_id = str(next(self._ids))
-                self._engine.add_request(request_id, {"prompt_token_ids": list(prompt.token_ids)}, drawn)
-                requests[request_id] = index
-        completions: list[list[Completion]] = [[] for _ in prompts]
-        finished = self._run(requests)
+                requests[self._loop.add(prompt.token_ids, drawn)] = index
+        finished = self._loop.wait(list(requests))
         self._speculation = [_speculation(finished[request_id].outputs[0]) for request_id in requests]
+        completions: list[list[Completion]] = [[] for _ in prompts]
         for request_id, index in requests.items():
             output = finished[request_id].outputs[0]
-            completions[index].append(self._completion(request_id, prompts[index], output))
+            completions[index].append(self._completion(request_id, prompts[index], output, params))
         return completions
 
     def speculation_counts(self) -> list[SpeculationCount]:
@@ -162,12 +171,8 @@ class Sampler:
         import vllm
 
         scored = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0)
-        requests: dict[str, int] = {}
-        for index, sequence in enumerate(sequences):
-            request_id = str(next(self._ids))
-            self._engine.add_request(request_id, {"prompt_token_ids": list(sequence)}, scored)
-            requests[request_id] = index
-        finished = self._run(requests)
+        requests = {self._loop.add(sequence, scored): index for index, sequence in enumerate(sequences)}
+        finished = self._loop.wait(list(requests))
         result = []
         for request_id, index in requests.items():
             output, tokens = finished[request_id], sequences[index][1:]
@@ -175,35 +180,46 @@ class Sampler:
             result.append((logprobs, self._experts(request_id, len(tokens), output.outputs[0])))
         return result
 
-    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def update_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]], version: int, *, recompute: bool = False
+    ) -> None:
         """Load a whole set of weights (Hugging Face names) in place of the present ones.
 
-        A drafting module keeps the weights it was started with, whatever is given: what is sampled is the new policy's
-        all the same, only fewer drafts may be accepted.
+        What is being generated meanwhile goes on with the new weights from the next token. A drafting module keeps the
+        weights it was started with, whatever is given: what is sampled is the new policy's all the same, only fewer drafts
+        may be accepted.
+
+        Args:
+            weights: (name, tensor) pairs of the whole model.
+            version: what the policy is called from now on.
+            recompute: compute the cached keys and values of running requests again, with the new weights. Otherwise they
+                stay as the old policy left them.
         """
-        self._rpc("load_weights_in_place", weights)
+        with self._loop.between_steps():
+            self._rpc("load_weights_in_place", weights)
+            # Else prompts that come again would find the old policy's keys and values.
+            self._engine.reset_prefix_cache(reset_running_requests=recompute)
+            self._set_version(version)
+
+    def _set_version(self, version: int) -> None:
         self.version = version
+        self._engine.engine_core.set_weight_version(str(version))
 
-    def _run(self, requests: dict[str, int]) -> dict[str, Any]:
-        finished: dict[str, Any] = {}
-        while len(finished) < len(requests):
-            for output in self._engine.step():
-                if output.finished:
-                    finished[output.request_id] = output
-        return finished
-
-    def _completion(self, request_id: str, prompt: Prompt, output: Any) -> Completion:
+    def _completion(self, request_id: str, prompt: Prompt, output: Any, params: SamplingParams) -> Completion:
         tokens = tuple(output.token_ids)
         logprobs = tuple(entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True))
         # The last sampled token was never fed through the model.
         experts = self._experts(request_id, len(prompt.token_ids) + len(tokens) - 1, output)
+        versions = tuple(int(span.version) for span in output.weight_versions for _ in range(span.start, span.end))
         return Completion(
             token_ids=tokens,
             logprobs=logprobs,
             finish_reason=output.finish_reason,
             text=output.text,
-            policy_version=self.version,
+            policy_version=versions[0],
             experts_TLK=experts,
+            token_versions=versions if len(set(versions)) > 1 else None,
+            candidates_TC=_candidates(output.logprobs) if params.is_truncated else None,
         )
 
     def _experts(self, request_id: str, num_tokens: int, output: Any) -> np.ndarray | None:
@@ -239,3 +255,19 @@ def _speculation(output: Any) -> SpeculationCount:
     return SpeculationCount(
         metrics.num_draft_tokens, sum(accepted * steps for accepted, steps in enumerate(metrics.histogram))
     )
+
+
+def _candidates(logprobs: Sequence[Mapping[int, Any]]) -> np.ndarray:
+    """int32 [T, C]: the tokens that top-k and top-p left, of each position; -1 fills up."""
+    kept = [[token for token, entry in position.items() if entry.logprob > -math.inf] for position in logprobs]
+    found = np.full((len(kept), max(len(tokens) for tokens in kept)), -1, np.int32)
+    for row, tokens in enumerate(kept):
+        found[row, : len(tokens)] = tokens
+    return found
+
+
+def _is_moe(model_path: str, *, trust_remote_code: bool) -> bool:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    return bool(getattr(config.get_text_config(), "num_experts_per_tok", None))

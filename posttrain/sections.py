@@ -211,6 +211,7 @@ class RewardSection(Section):
 class SamplerSection(Section):
     """The vLLM rollout workers."""
 
+    dtype: Literal["float32", "bfloat16"] | None = None  # None: model.dtype
     num_workers: PositiveInt = 1
     max_model_len: PositiveInt = 256  # prompt + completion, tokens
     max_num_seqs: PositiveInt = 256  # sequences decoded together by one worker
@@ -277,6 +278,7 @@ class RouterSection(Section):
     """Auxiliary-loss-free balance of DeepSeekMoE (DeepSeek-V3, section 2.1.2)."""
 
     bias_update_speed: NonNegative = 0.0  # gamma; 0 freezes the correction bias
+    freeze: bool = False  # keep the router's weights as they are
 
 
 class EnvironmentSection(Section):

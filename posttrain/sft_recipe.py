@@ -86,7 +86,6 @@ class SftRouterSection(RouterSection):
 
     sequence_balance_alpha: NonNegative = 0.0  # DeepSeek-V3's sequence-wise loss; its pre-training used 1e-4
     router_aux_loss_coef: NonNegative = 0.0  # the classical loss of Qwen3-MoE and Mixtral
-    freeze: bool = False  # keep the router's weights as they are
 
 
 class MtpSection(Section):

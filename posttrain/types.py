@@ -2,7 +2,8 @@
 
 Shape legend, used by names in the whole package:
   P prompts in a step, G completions per prompt (the group), T tokens of one sample, R rows of a packed microbatch,
-  W tokens of a row (so a microbatch is R x W), L MoE layers, E routed experts, K experts chosen per token, V vocabulary.
+  W tokens of a row (so a microbatch is R x W), L MoE layers, E routed experts, K experts chosen per token, V vocabulary,
+  C candidate tokens that top-k and top-p left to choose from.
 
 One GRPO step in these words: P `Prompt`s go to the sampler, which returns P x G `Completion`s; rewards turn each prompt
 and its completions into one `Group`; the advantage turns a group into G `Sample`s; packing turns the samples of one
@@ -52,6 +53,11 @@ class SamplingParams:
     top_k: int = 0  # 0 keeps the whole vocabulary
     num_generations: int = 1  # completions per prompt
 
+    @property
+    def is_truncated(self) -> bool:
+        """Whether some tokens cannot be sampled. Which could is then kept with each completion."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
@@ -63,15 +69,36 @@ class Completion:
     ]  # [T_completion], natural log, under the distribution sampled from (temperature applied); 0 where not sampled
     finish_reason: FinishReason  # "length" means truncated at max_completion_length
     text: str  # decoded, special tokens left out
-    policy_version: int  # number of optimizer publications before this was sampled
+    policy_version: int  # number of publications before its first token was sampled
     experts_TLK: np.ndarray | None = None  # int16 [T_prompt + T_completion - 1, L, K], None for a dense model
+    token_versions: tuple[int, ...] | None = None  # [T_completion], None when all are of policy_version
+    candidates_TC: np.ndarray | None = None  # int32 [T_completion, C], -1 fills up; None when nothing was left out
     trained: tuple[bool, ...] | None = None  # [T_completion], False for an environment's tokens; None: all were sampled
     episode: Episode | None = None  # what an environment said; `text` then is the last of the policy's messages
 
     @property
+    def versions(self) -> tuple[int, ...]:
+        """[T_completion], the version of the policy that sampled each token; an environment's go with those before."""
+        return self.token_versions or (self.policy_version,) * len(self.token_ids)
+
+    def stale_tokens(self, version: int, *, keeps_cache: bool) -> int:
+        """How many of the tokens, from the first on, are not those of this version of the policy.
+
+        Args:
+            version: the policy's.
+            keeps_cache: whether later tokens saw keys and values that an earlier version had left: then none is.
+        """
+        older = sum(own != version for own in self.versions)
+        return len(self.token_ids) if older and keeps_cache else older
+
+    @property
     def sampled_ids(self) -> tuple[int, ...]:
         """The tokens that the policy sampled."""
-        return self.token_ids if self.trained is None else tuple(compress(self.token_ids, self.trained))
+        return tuple(self.sampled(self.token_ids))
+
+    def sampled(self, values: Sequence[int]) -> Sequence[int]:
+        """Of values for each token, those of the tokens that the policy sampled."""
+        return values if self.trained is None else tuple(compress(values, self.trained))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +158,18 @@ class Sample:
     experts_TLK: np.ndarray | None = None  # see Completion.experts_TLK
     old_logprobs: tuple[float, ...] | None = None  # [T_completion], the learner's own before the first minibatch
     ref_logprobs: tuple[float, ...] | None = None  # [T_completion], the reference policy's
+    candidates_TC: np.ndarray | None = None  # see Completion.candidates_TC
+    stale_tokens: int = 0  # the first so many were sampled by an earlier version of the policy, or from its cache
     trained: tuple[bool, ...] | None = None  # see Completion.trained; values of other tokens mean nothing
 
     @property
     def num_trained(self) -> int:
         """Tokens that are trained."""
         return len(self.completion_ids) if self.trained is None else sum(self.trained)
+
+    def is_trained(self, place: int) -> bool:
+        """Whether the completion's token at this place is."""
+        return self.trained is None or self.trained[place]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +189,8 @@ class Microbatch:
     sampler_logprobs_RW: torch.Tensor  # float32
     old_logprobs_RW: torch.Tensor  # float32
     ref_logprobs_RW: torch.Tensor  # float32
+    experts_NLK: torch.Tensor | None = None  # int16 [R x W, L, K], what the sampler chose; -1 where it chose nothing
+    candidates_RWC: torch.Tensor | None = None  # int32, tokens that entry w was sampled from; all -1: the vocabulary
 
 
 @dataclass(frozen=True, slots=True)

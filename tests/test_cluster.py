@@ -12,6 +12,7 @@ import pytest
 from posttrain.errors import ParityError
 from posttrain.recipe import (
     AlgorithmSection,
+    GrpoRouterSection,
     LearnerSection,
     ModelSection,
     OptimizerSection,
@@ -36,7 +37,7 @@ class Parts:
             model=model,
             optimizer=OptimizerSection(learning_rate=1e-3),
             reference_path=str(path),
-            bias_update_speed=0.01,
+            router_section=GrpoRouterSection(bias_update_speed=0.01),
             temperature=0.8,
             max_completion_length=24,
             total_steps=100,
@@ -137,7 +138,7 @@ def test_two_ranks_give_the_gradient_of_one(parts: Parts, policy_path: Path) -> 
         OptimizerSection(),
         LearnerSection(),
         reference_path=str(policy_path),
-        bias_update_speed=0.0,
+        router_section=GrpoRouterSection(),
         temperature=0.8,
         max_completion_length=24,
         total_steps=1,

@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from posttrain.learner import Learner
 from posttrain.model.router import find_routers
 from posttrain.packing import pack
-from posttrain.recipe import AlgorithmSection, LearnerSection, ModelSection, OptimizerSection
+from posttrain.recipe import AlgorithmSection, GrpoRouterSection, LearnerSection, ModelSection, OptimizerSection
 from posttrain.types import Sample
 from tests.oracles.grpo_loss import completion_logprobs, grpo_loss, random_samples, tiny_policy
 
@@ -35,7 +36,7 @@ def arguments(checkpoint: Path, **changes: Any) -> dict[str, Any]:
         "model": ModelSection(model_name_or_path=str(checkpoint), experts_implementation="eager"),
         "optimizer": OptimizerSection(learning_rate=1e-3),
         "reference_path": str(checkpoint),
-        "bias_update_speed": 0.0,
+        "router_section": GrpoRouterSection(),
         "temperature": 1.0,
         "max_completion_length": 16,
         "total_steps": 10,
@@ -109,11 +110,10 @@ def test_gradient_does_not_depend_on_the_layout(learner: Learner, layout: dict[s
 def test_gradient_checkpointing_changes_neither_gradient_nor_expert_counts(learner: Learner, checkpoint: Path) -> None:
     samples = near(random_samples(LENGTHS), tiny_policy())
     expected = gradients(learner, samples, AlgorithmSection())
-    counted = learner._counts_LE
+    counted = learner._balance.step_counts_LE
     saving = Learner(learner=LearnerSection(gradient_checkpointing=True), **arguments(checkpoint))
     assert_same(gradients(saving, samples, AlgorithmSection()), expected, 1e-5)
-    assert counted is not None and saving._counts_LE is not None
-    assert saving._counts_LE.tolist() == counted.tolist()
+    assert saving._balance.step_counts_LE.tolist() == counted.tolist()
     # Every real token goes to two experts, padding to none.
     assert int(counted.sum()) == 2 * sum(prompt + completion for prompt, completion in LENGTHS)
 
@@ -136,12 +136,13 @@ def test_scores_are_the_models_own_and_name_what_differs(learner: Learner) -> No
 
 
 def test_a_step_moves_the_bias_against_the_load(checkpoint: Path) -> None:
-    learner = Learner(learner=LearnerSection(), **arguments(checkpoint, bias_update_speed=0.01))
+    learner = Learner(
+        learner=LearnerSection(), **arguments(checkpoint, router_section=GrpoRouterSection(bias_update_speed=0.01))
+    )
     samples = near(random_samples(LENGTHS), tiny_policy())
     (batch,) = pack(samples, world_size=1, max_tokens_per_microbatch=64, row_length=32, pad_token_id=0)
     learner.forward_backward(batch, AlgorithmSection())
-    assert learner._counts_LE is not None
-    counts = learner._counts_LE[0].float()
+    counts = learner._balance.step_counts_LE[0].clone()
     learner.optim_step()
     bias = find_routers(learner._model)[0].e_score_correction_bias
     assert bias.tolist() == pytest.approx((0.01 * torch.sign(counts.mean() - counts)).tolist())
@@ -164,3 +165,83 @@ def test_saving_and_restoring_continues_exactly(learner: Learner, checkpoint: Pa
     expected = dict(learner.checkpoint_tensors())
     for name, tensor in resumed.checkpoint_tensors():
         assert torch.equal(tensor, expected[name]), name
+
+
+# --- routing replay ---------------------------------------------------------------------------------------------------
+
+
+def foreign_experts(samples: list[Sample], seed: int = 3) -> list[Sample]:
+    """Samples with experts as another router would choose them: for each token one of the two groups."""
+    generator = np.random.default_rng(seed)
+    return [
+        replace(
+            sample,
+            experts_TLK=np.array(
+                [
+                    [generator.permutation(2) + 2 * generator.integers(2)]
+                    for _ in range(len(sample.prompt_ids) + len(sample.completion_ids) - 1)
+                ],
+                np.int16,
+            ),
+        )
+        for sample in samples
+    ]
+
+
+def replaying(checkpoint: Path, **section: Any) -> Learner:
+    return Learner(
+        learner=LearnerSection(**section), **arguments(checkpoint, router_section=GrpoRouterSection(replay=True))
+    )
+
+
+def forced_logprobs(model: Any, sample: Sample) -> torch.Tensor:
+    """An independent forward pass: the router's own code with a bias that makes it choose the given experts."""
+    assert sample.experts_TLK is not None
+    (router,) = find_routers(model)
+    ids = torch.tensor(sample.prompt_ids + sample.completion_ids)
+    planned = torch.from_numpy(sample.experts_TLK[:, 0].astype(np.int64))
+    bias_TE = torch.zeros(len(ids), 4).index_put_((torch.arange(len(planned))[:, None], planned), torch.full((), 9.0))
+    router.e_score_correction_bias = bias_TE  # of each token its own
+    logits = model(ids[None], use_cache=False).logits[0]
+    logprobs = torch.log_softmax(logits[len(sample.prompt_ids) - 1 : -1].float(), dim=-1)
+    return logprobs.gather(1, torch.tensor(sample.completion_ids)[:, None])[:, 0]
+
+
+def test_replayed_experts_are_used_and_the_gates_stay_the_learners(checkpoint: Path) -> None:
+    samples = foreign_experts(random_samples(LENGTHS))
+    learner = replaying(checkpoint)
+    (batch,) = pack(
+        samples, world_size=1, max_tokens_per_microbatch=64, row_length=32, pad_token_id=0, with_experts=True
+    )
+    scores = learner.score(batch, samples, near_tie_margin=1e-5)
+    assert scores.parity.routing_agreement == 1.0
+    assert sum(scores.mismatch.flips) > 0  # the learner's own router would have chosen others
+    for index, sample in enumerate(samples):
+        assert scores.logprobs[index] == pytest.approx(forced_logprobs(tiny_policy(), sample).tolist(), abs=1e-5)
+    own = Learner(learner=LearnerSection(), **arguments(checkpoint)).score(batch, samples, near_tie_margin=1e-5)
+    assert own.parity.routing_agreement < 1.0
+    assert own.logprobs[0] != pytest.approx(scores.logprobs[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_with_replay_is_that_of_the_forced_router(checkpoint: Path, checkpointing: bool) -> None:
+    samples = foreign_experts(random_samples(LENGTHS))
+    learner = replaying(checkpoint, gradient_checkpointing=checkpointing)
+    algorithm = AlgorithmSection(policy_loss="reinforce", num_minibatches=1, beta=0.0)
+    found = gradients(learner, near(samples, tiny_policy()), algorithm, with_experts=True)
+    model = tiny_policy()
+    total = sum(len(sample.completion_ids) for sample in samples)
+    for sample in samples:
+        (-float(sample.advantage) * forced_logprobs(model, sample).sum() / total).backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert float(found[next(n for n in found if n.endswith("gate.weight"))].norm()) > 0  # the router goes on learning
+    assert_same(found, expected, 1e-5)
+
+
+def test_replay_refuses_another_models_experts(checkpoint: Path) -> None:
+    samples = [replace(s, experts_TLK=np.zeros((9, 3, 2), np.int16)) for s in random_samples([(3, 7)])]
+    (batch,) = pack(
+        samples, world_size=1, max_tokens_per_microbatch=64, row_length=32, pad_token_id=0, with_experts=True
+    )
+    with pytest.raises(ValueError, match="experts of 3 layers and the model has 1"):
+        replaying(checkpoint).forward_backward(batch, AlgorithmSection())

@@ -96,7 +96,7 @@ def test_margin_across_groups_is_that_of_the_groups() -> None:
 
 def test_counts_leave_out_padding_and_maxvio_is_zero_in_balance() -> None:
     trace = RouterTrace(chosen=[torch.tensor([[0, 1], [0, 2], [3, 1]])])
-    counts = expert_counts(trace, torch.tensor([True, True, False]), 4)
+    counts = expert_counts(trace.chosen, torch.tensor([True, True, False]), 4)
     assert counts.tolist() == [[2, 1, 1, 0]]
     assert max_violation(counts) == pytest.approx(1.0)
     assert max_violation(torch.tensor([[5, 5], [1, 3]])) == pytest.approx(0.5)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import count, islice
 
 import pytest
 
 from posttrain.metrics import Metric
 from posttrain.reward_pool import Scored
-from posttrain.rollout import Rollout, chosen, stream
+from posttrain.rollout import Rollout, Source, chosen, stream
 from posttrain.types import Completion, Group, Prompt, SamplingParams
 
 PARAMS = SamplingParams(8, num_generations=2)
@@ -43,7 +46,7 @@ class Rewards:
 
 def rollouts(rewards: Rewards, num_prompts: int, max_batches: int) -> Iterator[Rollout]:
     source = prompts()
-    return stream(
+    made = Source(
         lambda number: list(islice(source, number)),
         generate,
         rewards,
@@ -51,6 +54,71 @@ def rollouts(rewards: Rewards, num_prompts: int, max_batches: int) -> Iterator[R
         params=PARAMS,
         max_batches=max_batches,
     )
+    return stream(made, range(9), lambda: 0)
+
+
+class Policy:
+    """A source whose completions carry the version that is published when their sampling begins."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.version = 0
+        self.begun: list[int] = []
+        self.seconds = seconds
+        numbers = count()
+        self.source = Source(
+            lambda number: [Prompt(f"p{next(numbers)}", (), (1,)) for _ in range(number)],
+            self.generate,
+            Rewards(every=1),
+            num_prompts=2,
+            params=PARAMS,
+            cursor=lambda: {"position": 2 * len(self.begun)},
+        )
+
+    def generate(self, asked: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+        self.begun.append(self.version)
+        time.sleep(self.seconds)
+        text = Completion((5,), (-1.0,), "stop", "x", policy_version=self.begun[-1])
+        return [[text] * params.num_generations for _ in asked]
+
+
+@pytest.mark.parametrize("max_lag", [0, 1, 3])
+def test_no_sample_is_older_than_the_lag_and_none_is_begun_too_soon(max_lag: int) -> None:
+    policy = Policy()
+    lags, ahead = [], []
+    for step, batch in enumerate(stream(policy.source, range(8), lambda: policy.version, max_lag=max_lag)):
+        time.sleep(0.05)  # the learner; whoever may sample ahead does so now
+        lags.append(step - batch.completions[0].policy_version)
+        ahead.append(len(policy.begun) - step - 1)
+        assert batch.cursor == {"position": 2 * (step + 1)}  # of this batch, not of what was sampled ahead
+        policy.version += 1
+    assert lags == [min(step, max_lag) for step in range(8)]
+    assert max(ahead) == max_lag and len(policy.begun) == 8
+
+
+def test_sampling_goes_on_while_the_learner_learns() -> None:
+    policy = Policy(seconds=0.1)
+    start = time.monotonic()
+    for _ in stream(policy.source, range(10), lambda: policy.version, max_lag=1):
+        time.sleep(0.1)
+        policy.version += 1
+    assert time.monotonic() - start < 1.6  # one after the other it would be 2
+
+
+def test_an_error_comes_to_whoever_asks_and_closing_ends_the_thread() -> None:
+    policy = Policy()
+
+    def fail(asked: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+        raise RuntimeError("no sampler")
+
+    broken = replace(policy.source, generate=fail)
+    with pytest.raises(RuntimeError, match="no sampler"):
+        next(stream(broken, range(3), lambda: 0, max_lag=1))
+    before = threading.active_count()
+    rollouts = stream(policy.source, range(99), lambda: policy.version, max_lag=1)
+    next(rollouts)
+    assert threading.active_count() == before + 1
+    rollouts.close()
+    assert threading.active_count() == before
 
 
 def ids(groups: Sequence[Group]) -> list[str]:

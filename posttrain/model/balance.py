@@ -13,6 +13,7 @@ from posttrain.balance_losses import sequence_balance, switch_balance
 from posttrain.metrics import Metric
 from posttrain.model import router
 from posttrain.model.router import RouterTrace
+from posttrain.sections import RouterSection
 from posttrain.sft_recipe import SftRouterSection
 
 
@@ -26,10 +27,11 @@ class RouterBalance:
         ValueError: the section asks for what these routers do not have.
     """
 
-    def __init__(self, routers: list[Any], section: SftRouterSection, name: str = "router") -> None:
+    def __init__(self, routers: list[Any], section: RouterSection, name: str = "router") -> None:
         self.routers = routers
         self._name = name
         self._section = section
+        self._losses = section if isinstance(section, SftRouterSection) else SftRouterSection()
         self._sigmoid = router.has_correction_bias(routers)
         _check(routers, section, sigmoid=self._sigmoid)
         if section.freeze:
@@ -43,17 +45,28 @@ class RouterBalance:
             self._entropy_L = torch.zeros(len(routers), device=device)
 
     @property
+    def step_counts_LE(self) -> torch.Tensor:
+        """Tokens that each expert got since the last optimizer step; padding is left out."""
+        return self._step_LE
+
+    @property
     def needs_gradient(self) -> bool:
         """Whether traces must be recorded with gradient."""
-        return self._section.sequence_balance_alpha > 0 or self._section.router_aux_loss_coef > 0
+        return self._losses.sequence_balance_alpha > 0 or self._losses.router_aux_loss_coef > 0
 
-    def observe(self, trace: RouterTrace, real_N: torch.Tensor) -> None:
-        """Count a microbatch. `real_N` is False for padding."""
+    def observe(self, trace: RouterTrace, real_N: torch.Tensor, *, replayed: bool = False) -> None:
+        """Count a microbatch.
+
+        Args:
+            trace: of its forward pass.
+            real_N: False for padding.
+            replayed: count the experts that were replayed, rather than those that the routers chose.
+        """
         if not self.routers:
             return
         self._to(real_N.device)
         num_experts = self._step_LE.shape[1]
-        self._step_LE += router.expert_counts(trace, real_N, num_experts)
+        self._step_LE += router.expert_counts(trace.used_layers if replayed else trace.chosen, real_N, num_experts)
         with torch.no_grad():
             for layer, logits_NE in enumerate(trace.logits):
                 self._entropy_L[layer] += router.entropy_sum(logits_NE.detach(), real_N, sigmoid=self._sigmoid)
@@ -69,7 +82,7 @@ class RouterBalance:
             num_sequences: samples of the optimizer step, all microbatches and ranks together.
             num_microbatches: of the optimizer step, all ranks together.
         """
-        section = self._section
+        section = self._losses
         if section.sequence_balance_alpha:
             top_k = trace.chosen[0].shape[1]
             layers = [
@@ -91,6 +104,11 @@ class RouterBalance:
         self._seen_LE += self._step_LE
         self.last_counts = self._step_LE.clone()
         self._step_LE.zero_()
+
+    def forget_step(self) -> None:
+        """Leave out what was observed since the last optimizer step."""
+        if self.routers:
+            self._step_LE.zero_()
 
     def metrics(self) -> dict[str, Metric]:
         """Load and entropy of each layer since the last call; collective where there are several ranks."""
@@ -121,8 +139,8 @@ class RouterBalance:
             self._entropy_L = self._entropy_L.to(device)
 
 
-def _check(routers: list[Any], section: SftRouterSection, *, sigmoid: bool) -> None:
-    wanted = {name: getattr(section, name) for name in SftRouterSection.model_fields if getattr(section, name)}
+def _check(routers: list[Any], section: RouterSection, *, sigmoid: bool) -> None:
+    wanted = {name: value for name, value in section if value and name != "bias_counts"}
     if wanted and not routers:
         raise ValueError(
             f"router.{next(iter(wanted))}: this policy is dense and has no router; remove the router section"

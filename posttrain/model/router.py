@@ -6,7 +6,7 @@ Shapes: N tokens of a forward pass, L MoE layers, E routed experts, K chosen.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,13 +37,26 @@ class RouterTrace:
 
     logits: list[torch.Tensor] = field(default_factory=list)  # [N, E] each, before the sigmoid or softmax
     chosen: list[torch.Tensor] = field(default_factory=list)  # [N, K] each, int64
+    used: list[torch.Tensor] = field(default_factory=list)  # [N, K] each, int64, where others were replayed instead
 
     def chosen_NLK(self) -> torch.Tensor:
+        """What the routers chose."""
         return torch.stack(self.chosen, dim=1)
+
+    def used_NLK(self) -> torch.Tensor:
+        """The experts that computed."""
+        return torch.stack(self.used_layers, dim=1)
+
+    @property
+    def used_layers(self) -> list[torch.Tensor]:
+        """The experts that computed, [N, K] for each layer."""
+        return self.used or self.chosen
 
 
 @contextmanager
-def record_routing(routers: list[Any], *, with_gradient: bool = False) -> Iterator[RouterTrace]:
+def record_routing(
+    routers: list[Any], trace: RouterTrace | None = None, *, with_gradient: bool = False
+) -> Iterator[RouterTrace]:
     """Record every router's decision while the block runs.
 
     A forward pass that gradient checkpointing repeats happens in the backward pass, outside the block, and so is not
@@ -51,25 +64,33 @@ def record_routing(routers: list[Any], *, with_gradient: bool = False) -> Iterat
 
     Args:
         routers: see `find_routers`.
+        trace: to add to; None begins a new one.
         with_gradient: keep the logits in the graph, for a balance loss.
     """
-    trace = RouterTrace()
+    found = RouterTrace() if trace is None else trace
 
     def remember(_module: Any, _inputs: Any, output: Any) -> None:
-        trace.logits.append(output[0] if with_gradient else output[0].detach())
-        trace.chosen.append(output[2].detach())
+        found.logits.append(output[0] if with_gradient else output[0].detach())
+        found.chosen.append(output[2].detach())
 
-    handles = [router.register_forward_hook(remember) for router in routers]
+    # First of all hooks: what the router itself chose, before anything is replayed.
+    handles = [router.register_forward_hook(remember, prepend=True) for router in routers]
     try:
-        yield trace
+        yield found
     finally:
         for handle in handles:
             handle.remove()
 
 
-def expert_counts(trace: RouterTrace, real_N: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """How many real tokens each expert received: int64 [L, E]. Padding (False in `real_N`) does not count."""
-    rows = [torch.bincount(chosen[real_N].flatten(), minlength=num_experts) for chosen in trace.chosen]
+def expert_counts(chosen: Sequence[torch.Tensor], real_N: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """How many real tokens each expert received: int64 [L, E].
+
+    Args:
+        chosen: [N, K] for each layer.
+        real_N: False for padding, which does not count.
+        num_experts: E.
+    """
+    rows = [torch.bincount(chosen_NK[real_N].flatten(), minlength=num_experts) for chosen_NK in chosen]
     return torch.stack(rows)
 
 
