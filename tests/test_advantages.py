@@ -140,3 +140,9 @@ def test_advantages_are_those_of_trl(scale: str, tmp_path: Path, monkeypatch: py
     ours = group_relative(rewards[:4], scale=scale) + group_relative(rewards[4:], scale=scale)  # type: ignore[arg-type]
     assert theirs.tolist() == pytest.approx(ours, abs=2e-6)
     assert max(map(abs, ours)) > 0.5
+
+
+def test_whitening_leaves_tokens_out_that_nobody_sampled() -> None:
+    white = whiten([(1.0, 99.0, 3.0), (5.0,)], 0.0, trained=[(True, False, True), None])
+    deviation = (8 / 3) ** 0.5  # of 1, 3, 5
+    assert white == [pytest.approx((-2 / deviation, 0.0, 0.0)), pytest.approx((2 / deviation,))]
