@@ -271,7 +271,7 @@ class GrpoRecipe(Recipe):
                 raise ValueError(
                     "eval.environment: GRPO evaluates with the environment it is trained in; write `environment` at the top"
                 )
-            if self.environment is not None and "reward" in self.eval.model_fields_set:
+            if self.environment is not None and self.eval.names_a_grader:
                 raise ValueError(
                     "eval.reward: with an environment its episodes are what is evaluated; remove it, or evaluate single turns "
                     "with python -m eval"

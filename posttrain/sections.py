@@ -313,9 +313,14 @@ class EvalSection(Section):
     def _all_of_it_counts(self) -> EvalSection:
         for index, dataset in enumerate(self.datasets):
             dataset.refuse(f"datasets.{index}", "weight", "worked_fraction", "careless_fraction")
-        if self.environment is not None and "reward" in self.model_fields_set:
+        if self.environment is not None and self.names_a_grader:
             raise ValueError("reward and environment both say what counts as right; remove one")
         return self
+
+    @property
+    def names_a_grader(self) -> bool:
+        """Whether `reward` is another than the default."""
+        return bool(self.reward != type(self).model_fields["reward"].default)
 
     def check_fits(self, sampler: SamplerSection, *, during_training: bool) -> None:
         """Refuse an evaluation that the stage cannot do as asked.

@@ -50,9 +50,7 @@ class Script:
         self.params.append(params)
         texts = iter(next(self.turns))
         version = next(self.versions, 7)
-        return [
-            [self.say(p, next(texts), version, params) for _ in range(params.num_generations)] for p in prompts
-        ]
+        return [[self.say(p, next(texts), version, params) for _ in range(params.num_generations)] for p in prompts]
 
     def say(self, before: Prompt, text: str, version: int, params: SamplingParams) -> Completion:
         ids = (*ids_of(text), EOS)[: params.max_completion_length]
@@ -75,7 +73,7 @@ Make = Callable[..., EpisodeSampler]
 def make(tmp_path: Path) -> Iterator[Make]:
     pools = []
 
-    def made(script: Any, spec: str = "rewards.number_guess:NumberGuess", **changes: Any) -> EpisodeSampler:
+    def made(script: Any, spec: str = "rewards.guessing:Guessing", **changes: Any) -> EpisodeSampler:
         pools.append(EnvironmentPool(EnvironmentSpec(spec), EnvironmentLimits(1.0)))
         return EpisodeSampler(script, pools[-1], TOKENIZER, **{"max_turns": 4, "max_model_len": 128, **changes})
 
@@ -85,39 +83,39 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 
 def test_an_episode_token_by_token(make: Make) -> None:
-    script = Script(["38"], ["34"], ["36"])
-    ((done,),) = make(script).generate([prompt("31-45?", "36")], PARAMS)
-    lower, higher = ids_of("<|user|>lower<|assistant|>"), ids_of("<|user|>higher<|assistant|>")
-    turns = [(*ids_of(text), EOS) for text in ("38", "34", "36")]
-    assert done.token_ids == (*turns[0], *lower, *turns[1], *higher, *turns[2])
-    yes, no = (True, True, True), (False,)
-    assert done.trained == (*yes, *no * len(lower), *yes, *no * len(higher), *yes)
+    script = Script(["c"], ["8"], ["a"])
+    ((done,),) = make(script).generate([prompt("5-j?", "a")], PARAMS)
+    first, second = ids_of("<|user|>5-b?<|assistant|>"), ids_of("<|user|>9-b?<|assistant|>")
+    turns = [(*ids_of(text), EOS) for text in ("c", "8", "a")]
+    assert done.token_ids == (*turns[0], *first, *turns[1], *second, *turns[2])
+    yes, no = (True, True), (False,)
+    assert done.trained == (*yes, *no * len(first), *yes, *no * len(second), *yes)
     assert done.sampled_ids == turns[0] + turns[1] + turns[2]
     # A sampled token has the logprob that the sampler gave it, which here is its place; others 0.
-    start = len(prompt("31-45?", "36").token_ids)
+    start = len(prompt("5-j?", "a").token_ids)
     places = [-float(start + place) for place in range(len(done.token_ids))]
     assert list(done.logprobs) == [place * trained for place, trained in zip(places, done.trained, strict=True)]
     assert done.experts_TLK is not None and len(done.experts_TLK) == start + len(done.token_ids) - 1
-    assert (done.text, done.finish_reason, done.policy_version, done.token_versions) == ("36", "stop", 7, None)
+    assert (done.text, done.finish_reason, done.policy_version, done.token_versions) == ("a", "stop", 7, None)
     assert done.episode == Episode(
         1.0,
         3,
         tuple(
             {"role": role, "content": content}
             for role, content in [
-                ("assistant", "38"),
-                ("user", "lower"),
-                ("assistant", "34"),
-                ("user", "higher"),
-                ("assistant", "36"),
+                ("assistant", "c"),
+                ("user", "5-b?"),
+                ("assistant", "8"),
+                ("user", "9-b?"),
+                ("assistant", "a"),
             ]
         ),
     )
     # Each turn was asked for with exactly the tokens before it.
     asked = [prompts[0].token_ids for prompts in script.asked]
-    whole = prompt("31-45?", "36").token_ids + done.token_ids
+    whole = prompt("5-j?", "a").token_ids + done.token_ids
     assert all(whole[: len(ids)] == ids for ids in asked)
-    assert [len(ids) for ids in asked] == [start, start + 3 + len(lower), start + 6 + len(lower) + len(higher)]
+    assert [len(ids) for ids in asked] == [start, start + 2 + len(first), start + 4 + len(first) + len(second)]
 
 
 def test_unfinished_episodes_go_on_together(make: Make) -> None:
@@ -135,11 +133,11 @@ def test_how_an_episode_ends(make: Make) -> None:
     start = len(task[0].token_ids)
     ((turns,),) = make(Script(["1"], ["9"]), max_turns=2).generate(task, PARAMS)
     assert (turns.finish_reason, turns.token_ids[-1]) == ("stop", EOS)  # max_turns: the last turn was finished
-    # 2 + 8 tokens; what follows would need 7 and one more.
-    ((room,),) = make(Script(["1"], ["9"])).generate(task, replace(PARAMS, max_completion_length=19))
-    assert (room.finish_reason, len(room.token_ids), room.text) == ("length", 12, "9")
-    ((window,),) = make(Script(["1"], ["9"]), max_model_len=start + 20).generate(task, PARAMS)
-    assert (window.finish_reason, len(window.token_ids)) == ("length", 12)
+    # 2 + 6 + 2 tokens; what follows ("2-8?") would need 6 and one more.
+    ((room,),) = make(Script(["1"], ["9"])).generate(task, replace(PARAMS, max_completion_length=16))
+    assert (room.finish_reason, len(room.token_ids), room.text) == ("length", 10, "9")
+    ((window,),) = make(Script(["1"], ["9"]), max_model_len=start + 17).generate(task, PARAMS)
+    assert (window.finish_reason, len(window.token_ids)) == ("length", 10)
     # A turn that is cut off is not shown to the environment: 2 would have been right.
     script = Script(["2 and more"])
     ((cut,),) = make(script, max_turn_length=4).generate(task, PARAMS)
@@ -149,24 +147,25 @@ def test_how_an_episode_ends(make: Make) -> None:
 
 def test_room_is_each_episodes_own(make: Make) -> None:
     """All turns are asked for with one limit; a turn that has more than its episode has room for is cut to it."""
-    script = Script(["1", "1234567"], ["123456789012", "1234567890"])
+    long = "x" * 40
+    script = Script(["1", "1234567"], [long, long])
     ((most, least),) = make(script).generate(
-        [prompt("1-9?", "2")], replace(PARAMS, num_generations=2, max_completion_length=20)
+        [prompt("1-9?", "2")], replace(PARAMS, num_generations=2, max_completion_length=40)
     )
-    # After 2 + 8 tokens one has room for 10; after 8 + 7 the other for 5, and it got 10 as well.
-    assert script.params[1].max_completion_length == 10
-    for done, text in ((most, "1234567890"), (least, "12345")):
-        assert (len(done.token_ids), done.finish_reason, done.text) == (20, "length", text)
-        assert len(done.logprobs) == 20 and done.experts_TLK is not None
-        assert len(done.experts_TLK) == len(prompt("1-9?", "2").token_ids) + 20 - 1
+    # After 2 + 6 tokens one has room for 32; after 8 + 6 the other for 26, and it got 32 too.
+    assert script.params[1].max_completion_length == 32
+    for done, room in ((most, 32), (least, 26)):
+        assert (len(done.token_ids), done.finish_reason, done.text) == (40, "length", "x" * room)
+        assert len(done.logprobs) == 40 and done.experts_TLK is not None
+        assert len(done.experts_TLK) == len(prompt("1-9?", "2").token_ids) + 40 - 1
 
 
 def test_versions_and_candidates_stay_aligned(make: Make) -> None:
     script = Script(["1"], ["2"], versions=(3, 4), with_candidates=True)
     ((done,),) = make(script).generate([prompt("1-9?", "2")], PARAMS)
     assert done.trained is not None and done.candidates_TC is not None
-    assert done.versions == (3,) * 10 + (4,) * 2 and done.policy_version == 3
-    assert done.candidates_TC.shape == (12, 2)
+    assert done.versions == (3,) * 8 + (4,) * 2 and done.policy_version == 3
+    assert done.candidates_TC.shape == (10, 2)
     for token, row, trained in zip(done.token_ids, done.candidates_TC.tolist(), done.trained, strict=True):
         assert row == ([token, 3] if trained else [-1, -1])
 
