@@ -46,7 +46,7 @@ def episode_scorer(section: EnvironmentSection, others: Score | None) -> Score:
         }
         if judged:
             metrics[f"reward/{NAME}/mean"] = Metric(sum(judged) / len(judged), "mean")
-        return Scored(groups, metrics, (*scored.complaints, *([complaint] if complaint else [])))
+        return Scored(groups, metrics, (*scored.complaints, *([f"environment: {complaint}"] if complaint else [])))
 
     return score
 
@@ -82,7 +82,7 @@ def failures(completions: Sequence[Sequence[Completion]]) -> tuple[Counter[str],
     """How many environments failed in which way, and the last of them in words."""
     episodes = [episode_of(completion) for group in completions for completion in group]
     failed = [episode for episode in episodes if episode.status != "ok"]
-    words = f"the environment failed ({failed[-1].status}): {failed[-1].detail}" if failed else ""
+    words = f"{failed[-1].status}: {failed[-1].detail}" if failed else ""
     return Counter(episode.status for episode in failed), words
 
 

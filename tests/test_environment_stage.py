@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pyarrow.parquet as parquet
 import pytest
-from stage_commands import Command, metrics, run
+from stage_commands import Command, metrics
 
 RECIPE = """
 stage: grpo
 max_steps: 2
 model: {model_name_or_path: %s}
 datasets: [{task: letter_counting, levels: [1], size: 200}]
-environment: {func: "%s:Moody", max_turns: 3, max_turn_length: 6, timeout_seconds: 2, kwargs: {hangs: true}}
+environment: {func: "%s:Moody", max_turns: 3, max_turn_length: 6, timeout_seconds: 1, kwargs: {hangs: true}}
 rollout: {num_prompts: 4, num_generations: 4, max_completion_length: 40}
 algorithm: {num_minibatches: 2, beta: 0.01}
 optimizer: {learning_rate: 1.0e-3}
@@ -38,7 +38,7 @@ class Moody:
 
     def step(self, text):
         self.turn += 1
-        if self.hangs and len(text) == 2:
+        if self.hangs and len(text) == 4:
             time.sleep(60)
         if len(text) == 3:
             raise KeyError("three")
@@ -61,7 +61,13 @@ def ends_turns(policy_path: Path, path: Path) -> Path:
     from posttrain.model.load import load_policy, load_tokenizer, save_policy
 
     tokenizer = load_tokenizer(str(policy_path))
-    policy = load_policy(str(policy_path), dtype="float32")
+    policy = load_policy(
+        str(policy_path),
+        dtype="float32",
+        attn_implementation="sdpa",
+        experts_implementation="eager",
+        trust_remote_code=False,
+    )
     with torch.no_grad():
         policy.get_output_embeddings().weight.mul_(0.02)  # all tokens about equally likely ...
     ends = [tokenizer.eos_token_id, *range(60, 100)]  # ... and two in five of them end a turn
@@ -90,22 +96,7 @@ def test_grpo_with_an_environment(recipe: Path, tmp_path: Path) -> None:
         assert line["reward/mean"] == pytest.approx(sum(row["reward"] for row in judged) / len(judged))
         several = [row for row in rows if "[user] go on 1" in row["episode"]]
         assert several and all(row["episode"].count("[assistant]") > 1 for row in several)
-    assert sum(line["reward/unjudged"] for line in lines) > 0 and "the environment failed" in output
+    assert sum(line["reward/unjudged"] for line in lines) > 0 and "environment: " in output
     summary = json.loads((out / "summary.json").read_text())
     assert summary["eval"]["before"]["pass_at_1"]["n"] == 6
     assert command.left_behind() == []
-
-
-def test_an_environment_that_only_fails_stops_the_run_and_says_why(recipe: Path, tmp_path: Path) -> None:
-    (tmp_path / "broken.py").write_text(
-        "class B:\n    def reset(self, prompt): raise OSError('no disk')\n    def step(self, t): ...\n"
-    )
-    code, output = run(
-        "posttrain.grpo",
-        str(recipe),
-        f"output_dir={tmp_path / 'run'}",
-        f"environment={{func: '{tmp_path}/broken.py:B'}}",
-    )
-    assert code == 3, output
-    assert "the environment failed in 6 of 6 episodes" in output and "OSError: no disk" in output
-    assert "Traceback" not in output
