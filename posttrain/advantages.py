@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Collection, Sequence
+from itertools import compress
 from typing import Literal
 
 Baseline = Literal["group_mean", "leave_one_out", "none"]
@@ -119,15 +121,8 @@ def whiten(
         The same shape. A batch whose entries are all equal gets 0.
     """
     if trained is not None:
-        kept = [
-            list(row) if mask is None else [value for value, counts in zip(row, mask, strict=True) if counts]
-            for row, mask in zip(values, trained, strict=True)
-        ]
-        found = [iter(row) for row in whiten(kept, epsilon)]
-        return [
-            tuple(white) if mask is None else tuple(next(white) if counts else 0.0 for counts in mask)
-            for white, mask in zip(found, trained, strict=True)
-        ]
+        kept = [only(row, mask) for row, mask in zip(values, trained, strict=True)]
+        return [spread(row, mask) for row, mask in zip(whiten(kept, epsilon), trained, strict=True)]
     flat = [value for row in values for value in row]
     if not flat:
         return [tuple(row) for row in values]
@@ -163,9 +158,90 @@ def with_kl_to_go(
     return tuple(reversed(found))
 
 
+def token_rewards(
+    reward: float, logprobs: Sequence[float], ref_logprobs: Sequence[float] | None, beta: float
+) -> tuple[float, ...]:
+    """The reward of each token: the completion's at its last, less the KL penalty of each (InstructGPT, arXiv 2203.02155).
+
+    Args:
+        reward: of the completion.
+        logprobs: [T], of the sampled tokens under the policy.
+        ref_logprobs: [T], under the reference; None without one.
+        beta: weight of logprob - ref_logprob.
+
+    Returns:
+        [T].
+    """
+    penalties = [0.0] * len(logprobs)
+    if ref_logprobs is not None:
+        penalties = [beta * (logprob - ref) for logprob, ref in zip(logprobs, ref_logprobs, strict=True)]
+    last = len(logprobs) - 1
+    return tuple((reward if place == last else 0.0) - penalty for place, penalty in enumerate(penalties))
+
+
+def generalized(
+    rewards: Sequence[float], values: Sequence[float], *, gamma: float, gae_lambda: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Generalized advantage estimation (arXiv 1506.02438, equations 11 to 16) of one completion.
+
+    Nothing is expected after its last token.
+
+    Args:
+        rewards: [T], of each token.
+        values: [T], what the critic expects from before each token on.
+        gamma: discount, 0 to 1.
+        gae_lambda: 1 trusts the rewards that came, 0 the critic.
+
+    Returns:
+        advantages: [T].
+        returns: [T], what the critic is to learn: advantage plus value.
+
+    Raises:
+        ValueError: not one value for each reward.
+    """
+    if len(rewards) != len(values):
+        raise ValueError(f"{len(values)} values for {len(rewards)} rewards; give one each")
+    advantages, later, next_value = [], 0.0, 0.0
+    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
+        later = reward + gamma * next_value - value + gamma * gae_lambda * later
+        next_value = value
+        advantages.append(later)
+    advantages.reverse()
+    return tuple(advantages), tuple(a + v for a, v in zip(advantages, values, strict=True))
+
+
+def explained_variance(values: Sequence[Sequence[float]], returns: Sequence[Sequence[float]]) -> float:
+    """1 - variance of (return - value) / variance of return, over all tokens of all samples; 1 is a perfect critic.
+
+    0 where the returns do not vary: there is nothing to explain.
+
+    Args:
+        values, returns: ragged, of the same shape.
+    """
+    flat = [value for row in values for value in row]
+    targets = [value for row in returns for value in row]
+    if not targets or statistics.pvariance(targets) <= _TOLERANCE:
+        return 0.0
+    errors = [target - value for target, value in zip(targets, flat, strict=True)]
+    return 1.0 - statistics.pvariance(errors) / statistics.pvariance(targets)
+
+
 def of_tokens(advantage: Advantage, count: int) -> tuple[float, ...]:
     """[count] An advantage as one number for each token."""
     return advantage if isinstance(advantage, tuple) else (advantage,) * count
+
+
+def only(values: Sequence[float], trained: Sequence[bool] | None) -> tuple[float, ...]:
+    """Of values for each token those of trained tokens; None: all are."""
+    return tuple(values) if trained is None else tuple(compress(values, trained))
+
+
+def spread(values: Sequence[float], trained: Sequence[bool] | None) -> tuple[float, ...]:
+    """The inverse of `only`: other tokens get 0."""
+    if trained is None:
+        return tuple(values)
+    left = iter(values)
+    return tuple(next(left) if counts else 0.0 for counts in trained)
 
 
 def is_felt(advantage: Advantage) -> bool:

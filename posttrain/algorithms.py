@@ -78,6 +78,20 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "kl_estimator": "k1",
         "kl_in": "reward",
     },
+    # PPO with a learned critic (arXiv 1707.06347; InstructGPT, arXiv 2203.02155, for the KL in the reward).
+    "ppo": {
+        "policy_loss": "clip",
+        "epsilon": 0.2,
+        "baseline": "critic",
+        "gamma": 1.0,
+        "gae_lambda": 0.95,
+        "scale_rewards": "none",
+        "whiten_advantages": True,
+        "loss_aggregation": "token",
+        "beta": 0.01,
+        "kl_estimator": "k1",
+        "kl_in": "reward",
+    },
     # GSPO (arXiv 2507.18071): one ratio for a sample.
     "gspo": {
         "policy_loss": "sequence_clip",

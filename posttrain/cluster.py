@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -21,7 +22,14 @@ import ray
 from posttrain.errors import ParityError, RunStopped
 from posttrain.metrics import Metric, merge
 from posttrain.packing import pack
-from posttrain.recipe import AlgorithmSection, LearnerSection, ModelSection, RolloutSection, SamplerSection
+from posttrain.recipe import (
+    AlgorithmSection,
+    FaultsSection,
+    LearnerSection,
+    ModelSection,
+    RolloutSection,
+    SamplerSection,
+)
 from posttrain.types import Completion, Prompt, Sample, SamplingParams, TrainBatch
 from posttrain.wire import Digest, LoadReport, WeightSnapshot, canary_sample, to_chunks
 
@@ -81,7 +89,7 @@ class _SamplerActor:
         model: ModelSection,
         section: SamplerSection,
         seed: int,
-        skip_version: int | None,
+        faults: FaultsSection,
         rollout: RolloutSection,
     ) -> None:
         from posttrain.sampler import Sampler
@@ -97,7 +105,7 @@ class _SamplerActor:
             seed=seed,
             max_candidates=rollout.top_k,
         )
-        self._skip_version = skip_version
+        self._faults = faults
         self._recompute = rollout.cache_on_update == "recompute"
 
     def ready(self) -> str:
@@ -114,7 +122,12 @@ class _SamplerActor:
             chunk = ray.get(handle)
             digest.add(chunk)
             tensors.extend((wire.name, wire.tensor()) for wire in chunk)
-        if snapshot.version != self._skip_version:
+        if self._faults.router_noise and snapshot.version in (self._faults.noisy_versions or (snapshot.version,)):
+            tensors = [
+                (name, noisy(tensor, self._faults.router_noise) if name.endswith("gate.weight") else tensor)
+                for name, tensor in tensors
+            ]
+        if snapshot.version != self._faults.skip_publication:
             self._sampler.update_weights(tensors, snapshot.version, recompute=self._recompute)
         seconds = time.perf_counter() - start
         scored = self._sampler.prompt_logprobs(canary)
@@ -123,6 +136,14 @@ class _SamplerActor:
             for sequence, (logprobs, experts) in zip(canary, scored, strict=True)
         )
         return LoadReport(snapshot.version, digest.hexdigest(), seconds, samples)
+
+
+def noisy(tensor: Any, deviation: float) -> Any:
+    """With normal noise, always the same for the same shape: a deliberate fault."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return tensor + (deviation * torch.randn(tensor.shape, generator=generator)).to(tensor)
 
 
 class SamplerPool:
@@ -137,12 +158,12 @@ class SamplerPool:
         model: ModelSection,
         section: SamplerSection,
         seed: int,
-        skip_version: int | None = None,
+        faults: FaultsSection | None = None,
         rollout: RolloutSection | None = None,
     ) -> None:
         from posttrain.sampler import engine_environment
 
-        rollout = rollout or RolloutSection()
+        faults, rollout = faults or FaultsSection(), rollout or RolloutSection()
         actor = ray.remote(_SamplerActor)
         gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
         self._actors = [
@@ -152,7 +173,7 @@ class SamplerPool:
                 # A load that waits its turn is all that is needed where updates are not in flight.
                 max_concurrency=4 if rollout.in_flight_updates else 1,
                 runtime_env={"env_vars": engine_environment(section.num_threads, section.kv_cache_gib)},
-            ).remote(model, section, seed + index, skip_version, rollout)
+            ).remote(model, section, seed + index, faults, rollout)
             for index in range(section.num_workers)
         ]
         self._admitted = list(range(section.num_workers))
@@ -219,11 +240,11 @@ class SamplerPool:
 # --- learner --------------------------------------------------------------------------------------------------------
 
 
-class _LearnerActor:
-    """A `posttrain.learner.Learner` rank in a process of its own."""
+class _RankActor:
+    """A rank of a model in training, in a process of its own."""
 
     def __init__(self) -> None:
-        self._learner: Any = None
+        self._model: Any = None
 
     def address(self) -> tuple[str, int]:
         """Where this process can be reached, and a free port."""
@@ -231,46 +252,50 @@ class _LearnerActor:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def start(self, environment: dict[str, str], arguments: dict[str, Any]) -> str:
+    def start(self, environment: dict[str, str], made_by: str, arguments: dict[str, Any]) -> str:
         os.environ.update(environment)
         import torch
 
-        from posttrain.learner import Learner
-
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-        self._learner = Learner(**arguments)
+        module, _, name = made_by.partition(":")
+        self._model = getattr(import_module(module), name)(**arguments)
         return ray.get_runtime_context().get_node_id()
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._learner, method)(*args, **kwargs)
+        return getattr(self._model, method)(*args, **kwargs)
 
     def score(self, batch: TrainBatch, samples: Sequence[Sample], settings: dict[str, Any]) -> Scores:
-        return self._learner.score(batch, samples, **settings)
+        return self._model.score(batch, samples, **settings)
+
+    def values(self, batch: TrainBatch, samples: Sequence[Sample]) -> dict[int, tuple[float, ...]]:
+        return self._model.values(batch, samples)
 
     def export_weights(self, version: int) -> WeightSnapshot:
         digest = Digest()
         handles = []
-        for chunk in to_chunks(self._learner.checkpoint_tensors()):
+        for chunk in to_chunks(self._model.checkpoint_tensors()):
             digest.add(chunk)
             handles.append(ray.put(chunk))
         return WeightSnapshot(version, digest.hexdigest(), digest.num_bytes, tuple(handles))
 
 
-class LearnerGroup:
-    """The learner's ranks behind one set of calls. How samples are laid out in memory is decided here."""
+class _RankGroup:
+    """The ranks of a model in training behind one set of calls. How samples are laid out in memory is decided here."""
 
-    def __init__(self, section: LearnerSection, **arguments: Any) -> None:
-        gpus = section.num_gpus
+    made_by: str  # module:class of a rank
+    with_experts = False
+
+    def __init__(self, learner: LearnerSection, **arguments: Any) -> None:
+        gpus = learner.num_gpus
         if gpus is None:
             gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-        self.world_size = section.num_workers
-        self._section = section
-        self._replay = arguments["router_section"].replay
-        threads = str(section.num_threads)
+        self.world_size = learner.num_workers
+        self._section = learner
+        threads = str(learner.num_threads)
         # torch reads its thread settings when it is imported, which unpickling may do before `start` runs.
         quiet = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-        actor = ray.remote(_LearnerActor).options(
-            num_cpus=section.num_cpus, num_gpus=gpus, runtime_env={"env_vars": quiet}
+        actor = ray.remote(_RankActor).options(
+            num_cpus=learner.num_cpus, num_gpus=gpus, runtime_env={"env_vars": quiet}
         )
         self._actors = [actor.remote() for _ in range(self.world_size)]
         host, port = ray.get(self._actors[0].address.remote())
@@ -286,27 +311,65 @@ class LearnerGroup:
                     "MASTER_ADDR": host,
                     "MASTER_PORT": str(port),
                 }
-            starts.append(handle.start.remote(environment, {"learner": section, **arguments}))
+            starts.append(handle.start.remote(environment, self.made_by, {"learner": learner, **arguments}))
         self._starts = starts
 
     def wait_until_ready(self) -> list[str]:
         """Wait for the ranks. Returns the Ray node id of each."""
         return ray.get(self._starts)
 
-    def forward_backward(self, samples: Sequence[Sample], algorithm: AlgorithmSection) -> dict[str, Metric]:
-        """Pack a minibatch for the ranks and accumulate its gradient. Means over the whole minibatch."""
+    def optim_step(self) -> dict[str, Metric]:
+        """Clip and step on every rank."""
+        return self._on_all("optim_step")[0]
+
+    def save(self, path: str) -> None:
+        """Write the checkpoint files into an existing directory."""
+        self._on_all("save", path)
+
+    def restore(self, path: str) -> None:
+        """Take optimizer and schedule of a checkpoint."""
+        self._on_all("restore", path)
+
+    def gradients(self) -> dict[str, Any]:
+        """The first rank's accumulated gradient, by parameter name."""
+        return ray.get(self._actors[0].call.remote("gradients"))
+
+    def _forward_backward(self, samples: Sequence[Sample], *args: Any) -> dict[str, Metric]:
         parts = ray.get(
             [
-                actor.call.remote("forward_backward", batch, algorithm)
+                actor.call.remote("forward_backward", batch, *args)
                 for actor, batch in zip(self._actors, self._pack(samples), strict=True)
             ]
         )
         # Each rank returns its part of the mean.
         return {name: Metric(metric.value, "mean") for name, metric in merge(parts).items()}
 
-    def optim_step(self) -> dict[str, Metric]:
-        """Clip, step, update the router's bias on every rank."""
-        return ray.get([actor.call.remote("optim_step") for actor in self._actors])[0]
+    def _on_all(self, method: str, *args: Any) -> list[Any]:
+        return ray.get([actor.call.remote(method, *args) for actor in self._actors])
+
+    def _pack(self, samples: Sequence[Sample]) -> list[TrainBatch]:
+        return pack(
+            samples,
+            world_size=self.world_size,
+            max_tokens_per_microbatch=self._section.max_tokens_per_microbatch,
+            row_length=self._section.row_length,
+            pad_token_id=0,
+            with_experts=self.with_experts,
+        )
+
+
+class LearnerGroup(_RankGroup):
+    """The policy in training: ranks of `posttrain.learner.Learner`."""
+
+    made_by = "posttrain.learner:Learner"
+
+    def __init__(self, learner: LearnerSection, **arguments: Any) -> None:
+        self.with_experts = arguments["router_section"].replay
+        super().__init__(learner, **arguments)
+
+    def forward_backward(self, samples: Sequence[Sample], algorithm: AlgorithmSection) -> dict[str, Metric]:
+        """Pack a minibatch for the ranks and accumulate its gradient. Means over the whole minibatch."""
+        return self._forward_backward(samples, algorithm)
 
     def score(self, samples: Sequence[Sample], **settings: Any) -> Scores:
         """`Learner.score` of all ranks together."""
@@ -320,29 +383,31 @@ class LearnerGroup:
     def export_weights(self, version: int) -> WeightSnapshot:
         return ray.get(self._actors[0].export_weights.remote(version))
 
-    def save(self, path: str) -> None:
-        """Write the checkpoint files into an existing directory."""
-        ray.get([actor.call.remote("save", path) for actor in self._actors])
-
-    def restore(self, path: str) -> None:
-        ray.get([actor.call.remote("restore", path) for actor in self._actors])
+    def roll_back(self, path: str) -> None:
+        """Take weights, optimizer and schedule of an earlier checkpoint, on every rank."""
+        self._on_all("roll_back", path)
 
     def renew_reference(self) -> None:
         """The policy as it is becomes the reference, on every rank."""
-        ray.get([actor.call.remote("renew_reference") for actor in self._actors])
+        self._on_all("renew_reference")
 
-    def gradients(self) -> dict[str, Any]:
-        return ray.get(self._actors[0].call.remote("gradients"))
 
-    def _pack(self, samples: Sequence[Sample]) -> list[TrainBatch]:
-        return pack(
-            samples,
-            world_size=self.world_size,
-            max_tokens_per_microbatch=self._section.max_tokens_per_microbatch,
-            row_length=self._section.row_length,
-            pad_token_id=0,
-            with_experts=self._replay,
-        )
+class CriticGroup(_RankGroup):
+    """The critic in training: ranks of `posttrain.critic.Critic`."""
+
+    made_by = "posttrain.critic:Critic"
+
+    def values(self, samples: Sequence[Sample]) -> dict[int, tuple[float, ...]]:
+        """What is expected before each token, by sample."""
+        shared = ray.put(tuple(samples))
+        calls = [
+            actor.values.remote(batch, shared) for actor, batch in zip(self._actors, self._pack(samples), strict=True)
+        ]
+        return reduce(lambda a, b: a | b, ray.get(calls))
+
+    def forward_backward(self, samples: Sequence[Sample]) -> dict[str, Metric]:
+        """Pack a minibatch, whose samples carry values and returns, and accumulate its gradient."""
+        return self._forward_backward(samples)
 
 
 # --- rewards --------------------------------------------------------------------------------------------------------
@@ -413,4 +478,4 @@ class RewardActors:
             ray.kill(actor)
 
 
-__all__ = ["LearnerGroup", "RewardActors", "SamplerPool", "session"]
+__all__ = ["CriticGroup", "LearnerGroup", "RewardActors", "SamplerPool", "session"]

@@ -24,6 +24,7 @@ from dataclasses import replace
 from functools import partial
 
 from posttrain import advantages, grpo_job, rollout
+from posttrain.breaker import Verdict
 from posttrain.cli import run_stage
 from posttrain.grpo_job import GrpoJob
 from posttrain.interrupt import StopRequest, graceful_stop
@@ -69,7 +70,8 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
             sampled = time.perf_counter()
             samples, parity, apart = score(batch, batch_advantages, job)
             require_parity(parity, recipe.parity)
-            learned = learn(samples, job)
+            verdict = job.look_for_mismatch(apart)
+            learned = learn(samples, job, verdict)
 
             trained = time.perf_counter()
             receipts = job.publisher.publish(job.step + 1)
@@ -83,13 +85,16 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
                 "time/step": time.perf_counter() - start,
             }
             job.end_step(batch, batch_advantages, parity, apart, learned, receipts, seconds, progress)
+            if verdict.action:
+                progress.note(f"breaker, step {job.step}: {verdict.action}: {verdict.reason}")
 
 
 def group_advantages(batch: Rollout, algorithm: AlgorithmSection) -> list[tuple[float, ...]]:
     """[P][G], each completion's advantage: its reward less the baseline, over a deviation if the recipe says so."""
     relative = partial(
         advantages.group_relative,
-        baseline=algorithm.baseline,
+        # What a critic expects differs from token to token, see `token_advantages`.
+        baseline="none" if algorithm.baseline == "critic" else algorithm.baseline,
         scale="group" if algorithm.scale_rewards == "group" else "none",
     )
     found = [advantages.among_judged(relative, group.rewards, group.unjudged) for group in batch.groups]
@@ -127,12 +132,17 @@ def score(
         replace(sample, old_logprobs=scores.logprobs[index], ref_logprobs=scores.ref_logprobs.get(index))
         for index, sample in enumerate(samples)
     ]
+    if job.critic is not None:
+        values = job.critic.values(scored)
+        scored = [replace(sample, values=values[index]) for index, sample in enumerate(scored)]
     return token_advantages(scored, algorithm), scores.parity, scores.mismatch
 
 
 def token_advantages(samples: Sequence[Sample], algorithm: AlgorithmSection) -> list[Sample]:
     """Samples with an advantage for each token, where the recipe asks for what differs between tokens."""
-    if algorithm.kl_in == "reward" and algorithm.beta:
+    if algorithm.baseline == "critic":
+        samples = [with_returns(sample, algorithm) for sample in samples]
+    elif algorithm.kl_in == "reward" and algorithm.beta:
         paid = partial(advantages.with_kl_to_go, beta=algorithm.beta)
         samples = [replace(s, advantage=paid(s.advantage, s.old_logprobs or (), s.ref_logprobs or ())) for s in samples]
     if algorithm.whiten_advantages:
@@ -142,25 +152,62 @@ def token_advantages(samples: Sequence[Sample], algorithm: AlgorithmSection) -> 
     return list(samples)
 
 
-def learn(samples: list[Sample], job: GrpoJob) -> dict[str, Metric]:
+def with_returns(sample: Sample, algorithm: AlgorithmSection) -> Sample:
+    """The sample with advantages by what the critic expected, and with what the critic is to learn."""
+    assert sample.old_logprobs is not None and sample.values is not None and isinstance(sample.advantage, float)
+    reference = sample.ref_logprobs if algorithm.kl_in == "reward" else None
+    rewards = advantages.token_rewards(sample.advantage, sample.old_logprobs, reference, algorithm.beta)
+    # An environment's tokens are no decisions of the policy: time passes from one sampled token to the next.
+    found, returns = advantages.generalized(
+        advantages.only(rewards, sample.trained),
+        advantages.only(sample.values, sample.trained),
+        gamma=algorithm.gamma,
+        gae_lambda=algorithm.gae_lambda,
+    )
+    return replace(
+        sample,
+        advantage=advantages.spread(found, sample.trained),
+        returns=advantages.spread(returns, sample.trained),
+    )
+
+
+def learn(samples: list[Sample], job: GrpoJob, verdict: Verdict) -> dict[str, Metric]:
     """One optimizer step per minibatch; the minibatches are random parts of the rollout batch.
 
     With `algorithm.target_kl` the rest of a batch is left when the policy has moved that far from the one it was sampled by.
+    What the breaker says comes first: "mask" leaves out the tokens whose ratio to the sampler is too far from 1; after
+    "publish" and "rollback" nothing is learnt, and the same or the restored weights are published as the next version.
     """
     algorithm = job.recipe.algorithm
+    if verdict.action == "mask":
+        algorithm = algorithm.model_copy(update={"importance": "mask", "old_policy": "learner"})
+    elif verdict.action:
+        return verdict.metrics()
     generator = random.Random(f"{job.recipe.seed}/{job.step}")
-    metrics = []
+    metrics = [verdict.metrics()]
+    if job.critic is not None:
+        metrics.append(fit_of_critic(samples))
     for _ in range(algorithm.num_iterations):
         order = generator.sample(samples, len(samples))
         for part in range(algorithm.num_minibatches):
             minibatch = order[part :: algorithm.num_minibatches]
-            if not any(advantages.is_felt(sample.advantage) for sample in minibatch):
+            if job.critic is not None:
+                metrics.append({**job.critic.forward_backward(minibatch), **job.critic.optim_step()})
+            warming_up = job.step < job.critic_warmup
+            if warming_up or not any(advantages.is_felt(sample.advantage) for sample in minibatch):
                 continue
             losses = job.learner.forward_backward(minibatch, algorithm)
             metrics.append({**losses, **job.learner.optim_step(), "optim/steps": Metric(1, "sum")})
             if algorithm.target_kl is not None and losses["policy/kl_old"].value > algorithm.target_kl:
                 return merge(metrics)
     return merge(metrics)
+
+
+def fit_of_critic(samples: Sequence[Sample]) -> dict[str, Metric]:
+    """How much of the differences between returns the critic foresaw."""
+    values = [advantages.only(s.values or (), s.trained) for s in samples]
+    returns = [advantages.only(s.returns or (), s.trained) for s in samples]
+    return {"critic/explained_variance": Metric(advantages.explained_variance(values, returns), "mean")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

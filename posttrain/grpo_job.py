@@ -14,13 +14,14 @@ from eval.report import write_report
 from eval.suite import EvalResult, eval_prompts, evaluate
 from posttrain import checkpoint
 from posttrain.audit import Look, RewardAudit, write_look
+from posttrain.breaker import Breaker, Verdict
 from posttrain.episode_reward import episode_scorer
 from posttrain.episodes import episodes
 from posttrain.errors import RunStopped
 from posttrain.metrics import Metric, MetricsLog
 from posttrain.parity import Mismatch, ParityReport
 from posttrain.progress import Progress, before_after_table, paths_written
-from posttrain.recipe import GrpoRecipe, ModelSection
+from posttrain.recipe import CriticSection, GrpoRecipe, ModelSection
 from posttrain.recipe_file import dump_recipe
 from posttrain.records import load_records
 from posttrain.rollout import Generate, Rollout, Score
@@ -28,12 +29,13 @@ from posttrain.run_dir import RunDir
 from posttrain.types import SamplingParams
 
 if TYPE_CHECKING:
-    from posttrain.cluster import LearnerGroup, SamplerPool
+    from posttrain.cluster import CriticGroup, LearnerGroup, SamplerPool
     from posttrain.reward_pool import RewardPool
     from posttrain.weights import Publisher, Receipt
 
 
 REFERENCES = "references"  # in the run directory
+CRITIC = "critic"  # in a checkpoint
 
 
 @dataclass
@@ -51,11 +53,18 @@ class GrpoJob:
     samplers: SamplerPool
     publisher: Publisher
     audit: RewardAudit | None = None
+    breaker: Breaker | None = None
+    critic: CriticGroup | None = None
     step: int = 0
     started: float = field(default_factory=time.perf_counter)
     last_metrics: dict[str, Metric] = field(default_factory=dict)
     saved_step: int = -1
     cursor: Mapping[str, Any] = field(default_factory=dict)  # of the prompts, after those that were trained on
+
+    @property
+    def critic_warmup(self) -> int:
+        """Steps at the start in which only the critic learns."""
+        return self.recipe.critic.warmup_steps if self.recipe.critic else 0
 
     @property
     def sampling(self) -> SamplingParams:
@@ -112,7 +121,9 @@ class GrpoJob:
             self._heed(look, progress)
         save_steps = self.recipe.checkpoint.save_steps
         # The first step is always saved: a full disk or a missing permission shows before hours are spent.
-        if self.step == 1 or (save_steps and self.step % save_steps == 0):
+        is_due = self.step == 1 or (save_steps and self.step % save_steps == 0)
+        # A checkpoint of doubtful steps would push out the one to go back to.
+        if is_due and not (self.breaker and self.breaker.is_tripped):
             self.save()
 
     def _heed(self, look: Look, progress: Progress) -> None:
@@ -128,6 +139,34 @@ class GrpoJob:
                 f"suspicious.jsonl, mend the reward, and go on with --resume or from an earlier checkpoint"
             )
 
+    def look_for_mismatch(self, apart: Mismatch) -> Verdict:
+        """Ask the breaker about the samples of the step, and do what concerns more than this step.
+
+        Raises:
+            RunStopped: the breaker stops the run, or is to roll back and there is no checkpoint to go to.
+        """
+        if self.breaker is None:
+            return Verdict(None)
+        verdict = self.breaker.look(apart, self.step)
+        if verdict.action == "rollback":
+            good = [
+                path
+                for path in checkpoint.whole(self.run_dir.checkpoints)
+                if checkpoint.load_progress(path)["step"] < verdict.first_bad_version
+            ]
+            if not good:
+                raise RunStopped(
+                    f"{verdict.reason}; there is no checkpoint from before version {verdict.first_bad_version}"
+                )
+            self.learner.roll_back(str(good[-1].resolve()))
+        if verdict.action == "stop":
+            self.save()
+            raise RunStopped(
+                f"{verdict.reason}: sampler and learner are too far apart to train; a checkpoint was saved, mend what the "
+                f"causes point to (docs/grpo.md) and go on with --resume"
+            )
+        return verdict
+
     def renew_reference_when_due(self) -> None:
         """Make the policy the reference every `reference_refresh_steps` steps, and keep it for a resumed run."""
         every = self.recipe.algorithm.reference_refresh_steps
@@ -140,17 +179,25 @@ class GrpoJob:
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
         self.saved_step = self.step
+        parts = {"audit": self.audit, "breaker": self.breaker}
         state = {
             "prompts": self.cursor or self.prompts.state(),
-            **({"audit": self.audit.state()} if self.audit else {}),
+            **{name: part.state() for name, part in parts.items() if part is not None},
         }
         return checkpoint.save(
             self.run_dir.checkpoints,
             self.step,
-            self.learner.save,
+            self._write,
             state,
             keep=self.recipe.checkpoint.save_total_limit,
         )
+
+    def _write(self, path: str) -> None:
+        """The files of a checkpoint: the policy, and the critic in a directory of its own."""
+        self.learner.save(path)
+        if self.critic is not None:
+            (Path(path) / CRITIC).mkdir()
+            self.critic.save(str(Path(path) / CRITIC))
 
     def evaluate(self) -> EvalResult | None:
         """pass@1 and greedy accuracy of the policy that the samplers hold; None without an `eval` section."""
@@ -210,17 +257,19 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
     tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
     prompts = PromptStream(load_records(recipe.datasets, "train", recipe.seed), tokenizer, recipe.seed)
     with session(recipe.ray_address, _cpus(recipe)), ExitStack() as stack:
-        samplers = SamplerPool(
-            model, recipe.sampler, recipe.seed, skip_version=recipe.faults.skip_publication, rollout=recipe.rollout
-        )
+        samplers = SamplerPool(model, recipe.sampler, recipe.seed, faults=recipe.faults, rollout=recipe.rollout)
         learner = _learner(recipe, model, _reference(recipe, run_dir, found))
+        critic = _critic(recipe, model, found)
         generate = stack.enter_context(
             episodes(recipe.environment, samplers.generate, tokenizer, recipe.sampler.max_model_len)
         )
         rewards = RewardPool(recipe.rewards) if recipe.rewards else None
         verifier = RewardPool([recipe.audit.verifier]) if recipe.audit else None
         audit = RewardAudit(recipe.audit, verifier.score, recipe.seed) if recipe.audit and verifier else None
+        breaker = Breaker(recipe.breaker) if recipe.breaker else None
         learner.wait_until_ready()
+        if critic is not None:
+            critic.wait_until_ready()
         samplers.wait_until_ready()
         canary = canary_sequences(
             len(tokenizer), recipe.parity.canary_sequences, recipe.parity.canary_length, recipe.seed
@@ -231,9 +280,12 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
             progress = checkpoint.load_progress(found)
             step = progress["step"]
             learner.restore(str(found.resolve()))
+            if critic is not None:
+                critic.restore(str(found.resolve() / CRITIC))
             prompts.restore(progress["prompts"])
-            if audit is not None and "audit" in progress:
-                audit.restore(progress["audit"])
+            for kept, part in (("audit", audit), ("breaker", breaker)):
+                if part is not None and kept in progress:
+                    part.restore(progress[kept])
         log = MetricsLog(run_dir.path, recipe.report_to, resume_step=step if resume else None)
         publisher.publish(step)
         try:
@@ -249,6 +301,8 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
                 samplers,
                 publisher,
                 audit,
+                breaker,
+                critic,
                 step,
                 saved_step=step,
             )
@@ -270,8 +324,10 @@ def _score(recipe: GrpoRecipe, rewards: RewardPool | None) -> Score:
 def _cpus(recipe: GrpoRecipe) -> float:
     """What the actors of a run reserve."""
     rewards = [*recipe.rewards, *([recipe.audit.verifier] if recipe.audit else [])]
+    trained = 2 if recipe.algorithm.baseline == "critic" else 1
     engines = (
-        recipe.learner.num_workers * recipe.learner.num_cpus + recipe.sampler.num_workers * recipe.sampler.num_cpus
+        trained * recipe.learner.num_workers * recipe.learner.num_cpus
+        + recipe.sampler.num_workers * recipe.sampler.num_cpus
     )
     return engines + sum(reward.num_workers * reward.num_cpus for reward in rewards)
 
@@ -288,9 +344,26 @@ def _learner(recipe: GrpoRecipe, model: ModelSection, reference_path: str | None
         router_section=recipe.router,
         temperature=recipe.rollout.temperature,
         max_completion_length=recipe.rollout.max_completion_length,
-        total_steps=recipe.max_steps * recipe.algorithm.num_minibatches * recipe.algorithm.num_iterations,
+        total_steps=_total_steps(recipe),
         seed=recipe.seed,
     )
+
+
+def _critic(recipe: GrpoRecipe, model: ModelSection, resumed_from: Path | None) -> CriticGroup | None:
+    """The value model, where the recipe's algorithm has one."""
+    from posttrain.cluster import CriticGroup
+
+    if recipe.algorithm.baseline != "critic":
+        return None
+    section = recipe.critic or CriticSection()
+    if resumed_from is not None:
+        section = section.model_copy(update={"model_name_or_path": str(resumed_from.resolve() / CRITIC)})
+    return CriticGroup(recipe.learner, model=model, section=section, total_steps=_total_steps(recipe), seed=recipe.seed)
+
+
+def _total_steps(recipe: GrpoRecipe) -> int:
+    """Optimizer steps of the whole run."""
+    return recipe.max_steps * recipe.algorithm.num_minibatches * recipe.algorithm.num_iterations
 
 
 def _reference(recipe: GrpoRecipe, run_dir: RunDir, resumed_from: Path | None) -> str | None:

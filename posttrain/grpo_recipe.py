@@ -36,7 +36,7 @@ class RolloutSection(Section):
     """Prompts x generations of one step. Sampling keys as in TRL's GRPOConfig."""
 
     num_prompts: PositiveInt = 32  # per step
-    num_generations: Annotated[int, BeforeValidator(no_bool), Field(ge=2)] = 16
+    num_generations: PositiveInt = 16
     max_completion_length: PositiveInt = 128
     temperature: Annotated[Number, Field(gt=0)] = 1.0
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0  # below 1 top_k is needed too
@@ -73,7 +73,9 @@ class AlgorithmSection(Section):
     policy_loss: str = "clip"  # clip, sequence_clip, cispo, reinforce, or module:function
     epsilon: Positive = 0.2  # lower clip range
     epsilon_high: Positive | None = None  # upper clip range; None takes epsilon
-    baseline: Literal["group_mean", "leave_one_out", "none"] = "group_mean"
+    baseline: Literal["group_mean", "leave_one_out", "none", "critic"] = "group_mean"
+    gamma: Fraction = 1.0  # critic: discount of a token's later rewards
+    gae_lambda: Fraction = 1.0  # critic: 1 trusts the rewards that came, 0 what the critic expects
     scale_rewards: Literal["group", "batch", "none"] = "group"  # divide by the deviation of the group, of the batch
     whiten_advantages: bool = False  # mean 0 and deviation 1 over all tokens of the batch
     loss_aggregation: Literal["token", "sequence", "fixed"] = "token"  # see docs/grpo.md
@@ -109,6 +111,14 @@ class AlgorithmSection(Section):
                 f"kl_estimator={self.kl_estimator!r} with kl_in: reward: the reward of a token takes the log-ratio itself; "
                 f"set kl_estimator: k1"
             )
+        if self.baseline == "critic" and (self.scale_rewards != "none" or self.drop_zero_signal_groups):
+            raise ValueError(
+                "baseline: critic compares with what the critic expects and not with a group; set scale_rewards: none and "
+                "drop_zero_signal_groups: false (whiten_advantages scales over the batch)"
+            )
+        given = {"gamma", "gae_lambda"} & self.model_fields_set
+        if self.baseline != "critic" and given:
+            raise ValueError(f"{sorted(given)[0]} has no meaning without baseline: critic; remove it")
         if self.old_policy == "sampler" and self.importance != "none":
             raise ValueError(
                 f"importance: {self.importance} with old_policy: sampler: the ratio is the sampler's already; take one"
@@ -165,6 +175,16 @@ class LearnerSection(Section):
         return self
 
 
+class CriticSection(Section):
+    """The value model of PPO: the policy's architecture with a head that gives one number for each token."""
+
+    model_name_or_path: str | None = None  # a policy's or a reward model's checkpoint; None takes the policy's
+    head_init_std: NonNegative = 0.0  # of a new head; 0 expects nothing at first
+    optimizer: OptimizerSection = OptimizerSection(learning_rate=1e-5)
+    value_clip: Positive = 0.2  # how far a value may move over a batch before its error counts no less
+    warmup_steps: NonNegativeInt = 0  # steps at the start in which only the critic learns
+
+
 class ParitySection(Section):
     """When the run must stop because sampler and learner are not the same policy."""
 
@@ -173,6 +193,24 @@ class ParitySection(Section):
     min_routing_agreement: Fraction = 0.999
     canary_sequences: PositiveInt = 8
     canary_length: Annotated[int, BeforeValidator(no_bool), Field(ge=2)] = 64  # tokens
+
+
+BreakerAction = Literal["mask", "publish", "rollback", "stop"]
+
+
+class BreakerSection(Section):
+    """What to do when the policy that samples and the one that trains come apart (see posttrain/breaker.py)."""
+
+    max_kl: Positive | None = None  # mismatch/kl, nats per token
+    min_effective_sample_size: Fraction = 0.0  # mismatch/effective_sample_size
+    actions: Annotated[tuple[BreakerAction, ...], Field(min_length=1)] = ("mask", "publish", "rollback", "stop")
+    healthy_steps: PositiveInt = 5  # steps within the limits after which the first action comes first again
+
+    @model_validator(mode="after")
+    def _has_limits(self) -> BreakerSection:
+        if self.max_kl is None and not self.min_effective_sample_size:
+            raise ValueError("a breaker without limits never trips; set max_kl or min_effective_sample_size")
+        return self
 
 
 class AuditSection(Section):
@@ -191,6 +229,14 @@ class FaultsSection(Section):
     """Deliberate faults, to see that the safety net holds. Leave out in real runs."""
 
     skip_publication: PositiveInt | None = None  # the samplers pretend to load this version and keep the old weights
+    router_noise: Positive | None = None  # deviation of noise that samplers add to the router weights they load
+    noisy_versions: tuple[NonNegativeInt, ...] = ()  # router_noise: only of these versions; none named: of all
+
+    @model_validator(mode="after")
+    def _noise_is_there(self) -> FaultsSection:
+        if self.noisy_versions and self.router_noise is None:
+            raise ValueError(f"noisy_versions={list(self.noisy_versions)} without router_noise; set that too")
+        return self
 
 
 class GrpoRecipe(Recipe):
@@ -209,6 +255,8 @@ class GrpoRecipe(Recipe):
     learner: LearnerSection = LearnerSection()
     sampler: SamplerSection = SamplerSection()
     parity: ParitySection = ParitySection()
+    critic: CriticSection | None = None  # for algorithm.baseline: critic; None takes the defaults there
+    breaker: BreakerSection | None = None
     audit: AuditSection | None = None
     eval: EvalSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
@@ -227,6 +275,11 @@ class GrpoRecipe(Recipe):
             raise ValueError(
                 f"rollout.num_prompts x rollout.num_generations = {rows} samples do not divide into "
                 f"algorithm.num_minibatches={parts}; choose a divisor of {rows}"
+            )
+        if self.rollout.num_generations < 2 and self.algorithm.baseline in ("group_mean", "leave_one_out"):
+            raise ValueError(
+                f"rollout.num_generations={self.rollout.num_generations} with algorithm.baseline={self.algorithm.baseline}: a "
+                f"completion is compared with others of its prompt; give 2 or more, or take baseline: critic"
             )
         if self.rollout.max_completion_length >= self.sampler.max_model_len:
             raise ValueError(
@@ -278,6 +331,11 @@ class GrpoRecipe(Recipe):
                 )
         if not self.rewards and self.environment is None:
             raise ValueError("rewards: none; name at least one, or an environment")
+        if self.critic is not None and self.algorithm.baseline != "critic":
+            raise ValueError(
+                f"a critic has no use with algorithm.baseline={self.algorithm.baseline}; set algorithm.baseline: critic (or "
+                f"algorithm: ppo), or remove the section"
+            )
         labels = Counter(reward.label for reward in self.rewards)
         if self.environment is not None and "environment" in labels:
             raise ValueError("rewards: one is named 'environment', as the environment's own reward is; give it a name")

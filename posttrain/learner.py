@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import get_scheduler
 
 from posttrain import losses
 from posttrain.errors import RunStopped
@@ -23,7 +22,8 @@ from posttrain.model import load, mtp, router
 from posttrain.model.balance import RouterBalance
 from posttrain.model.replay import replay_routing
 from posttrain.objective import denominator, objective
-from posttrain.packing import unpack
+from posttrain.optimizer import decay_groups, schedule
+from posttrain.packing import to_device, unpack
 from posttrain.parity import Mismatch, ParityReport, compare, mismatch
 from posttrain.recipe import AlgorithmSection, GrpoRouterSection, LearnerSection, ModelSection, OptimizerSection
 from posttrain.types import Microbatch, Sample, TrainBatch
@@ -75,6 +75,7 @@ class Learner:
         # Where a prediction module is that is carried along: the run's own checkpoints may be deleted meanwhile.
         self._origin = origin or model.model_name_or_path
         self._tokenizer = load.load_tokenizer(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
+        self._section = model
         self._model = self._load(model, model.model_name_or_path)
         if learner.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -86,12 +87,12 @@ class Learner:
         self._router_section = router_section
         self._balance = RouterBalance(self._routers, router_section)
         raw_optimizer = torch.optim.AdamW(
-            _decay_groups(self._model, optimizer.weight_decay),
+            decay_groups(self._model, optimizer.weight_decay),
             lr=optimizer.learning_rate,
             betas=(optimizer.adam_beta1, optimizer.adam_beta2),
             eps=optimizer.adam_epsilon,
         )
-        self._scheduler = _scheduler(raw_optimizer, optimizer, total_steps)
+        self._scheduler = schedule(raw_optimizer, optimizer, total_steps)
         self._max_grad_norm = optimizer.max_grad_norm
         # Dropout is off in every policy trained here, so one mode serves training and scoring.
         self._model.train()
@@ -109,7 +110,7 @@ class Learner:
         divisor = denominator(batch, algorithm, self._max_completion_length)
         last = len(batch.microbatches) - 1
         for index, microbatch in enumerate(batch.microbatches):
-            microbatch = _to(microbatch, self._accelerator.device)
+            microbatch = to_device(microbatch, self._accelerator.device)
             with nullcontext() if index == last else self._accelerator.no_sync(self._wrapped):
                 trace = router.RouterTrace()
                 with replay_routing(self._routers, self._replayed(microbatch), trace):
@@ -165,7 +166,7 @@ class Learner:
         """
         ours, references, parity, apart = [], [], ParityReport(), Mismatch()
         for microbatch in batch.microbatches:
-            microbatch = _to(microbatch, self._accelerator.device)
+            microbatch = to_device(microbatch, self._accelerator.device)
             trace = router.RouterTrace()
             with (
                 replay_routing(self._routers, self._replayed(microbatch), trace),
@@ -253,6 +254,12 @@ class Learner:
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
 
+    def roll_back(self, path: str | Path) -> None:
+        """Take weights, optimizer and schedule of an earlier checkpoint of this run."""
+        self.drop_gradients()
+        self._model.load_state_dict(self._load(self._section, str(path)).state_dict())
+        self.restore(path)
+
     def renew_reference(self) -> None:
         """The policy as it is becomes the reference."""
         assert self._reference is not None
@@ -283,35 +290,3 @@ def _accumulate(metrics: dict[str, Metric], sums: Mapping[str, torch.Tensor], de
     for name, value in sums.items():
         before = metrics[name].value if name in metrics else 0.0
         metrics[name] = Metric(before + float(value) / denominator, "sum")
-
-
-def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices, none on norms and biases, as transformers' Trainer does."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, section: OptimizerSection, total_steps: int) -> Any:
-    """transformers' schedule of that name, ending at min_learning_rate."""
-    name: str = section.lr_scheduler_type
-    settings: dict[str, float] = {}
-    if name == "cosine":
-        name, settings = "cosine_with_min_lr", {"min_lr": section.min_learning_rate}
-    elif name == "constant":
-        name = "constant_with_warmup"
-    return get_scheduler(
-        name,
-        optimizer,
-        num_warmup_steps=section.warmup_steps,
-        num_training_steps=total_steps,
-        scheduler_specific_kwargs=settings or None,
-    )
-
-
-def _to(microbatch: Microbatch, device: torch.device) -> Microbatch:
-    def moved(name: str) -> Any:
-        value: torch.Tensor | None = getattr(microbatch, name)
-        return value if value is None else value.to(device)
-
-    return Microbatch(**{name: moved(name) for name in Microbatch.__slots__})

@@ -161,6 +161,33 @@ def sequence_mean_weights(sample_ids_RW: torch.Tensor, loss_mask_RW: torch.Tenso
     return torch.where(loss_mask_RW, 1.0 / counts[sample_ids_RW + 1].clamp(min=1), 0.0)
 
 
+def value_loss(
+    values_RW: torch.Tensor, old_values_RW: torch.Tensor, returns_RW: torch.Tensor, mask_RW: torch.Tensor, clip: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Half the squared error of the critic, no better than if it had moved by at most `clip` (OpenAI's PPO2; InstructGPT).
+
+    Args:
+        values_RW: float32 with gradient.
+        old_values_RW: float32, before the first minibatch of the batch.
+        returns_RW: float32, see `posttrain.advantages.generalized`.
+        mask_RW: bool, the trained tokens.
+        clip: above 0; infinity leaves the plain squared error.
+
+    Returns:
+        The loss summed over the trained tokens, and detached sums.
+    """
+    near_RW = torch.clamp(values_RW, old_values_RW - clip, old_values_RW + clip)
+    plain_RW, near_error_RW = (values_RW - returns_RW).square(), (near_RW - returns_RW).square()
+    loss_sum = 0.5 * torch.where(mask_RW, torch.maximum(plain_RW, near_error_RW), 0.0).sum()
+    with torch.no_grad():
+        metrics = {
+            "value_loss": loss_sum.detach(),
+            "clip_fraction": ((near_error_RW > plain_RW) & mask_RW).sum().float(),
+            "value_mean": torch.where(mask_RW, values_RW, 0.0).sum(),
+        }
+    return loss_sum, metrics
+
+
 def nll(logprobs_RW: torch.Tensor, loss_mask_RW: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Negative log-likelihood summed over the trained tokens, nats; the metric `nll` is the same sum, detached."""
     loss_sum = -torch.where(loss_mask_RW, logprobs_RW, 0.0).sum()

@@ -12,6 +12,7 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,6 +128,16 @@ def unpack(
     return result
 
 
+def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
+    """The microbatch with its tensors there."""
+
+    def moved(name: str) -> Any:
+        value: torch.Tensor | None = getattr(microbatch, name)
+        return value if value is None else value.to(device)
+
+    return Microbatch(**{name: moved(name) for name in Microbatch.__slots__})
+
+
 def padding_fraction(batches: Sequence[TrainBatch]) -> float:
     """Share of the tokens of all ranks' microbatches that is padding, 0 to 1."""
     ids = [microbatch.sample_ids_RW for batch in batches for microbatch in batch.microbatches]
@@ -152,7 +163,7 @@ def _check(index: int, sample: Sample, row_length: int) -> None:
             f"sample {index} has {_length(sample)} tokens and a row holds row_length={row_length}; raise row_length to "
             f"{_length(sample)} or lower max_completion_length"
         )
-    for name in ("sampler_logprobs", "old_logprobs", "ref_logprobs", "advantage", "trained"):
+    for name in ("sampler_logprobs", "old_logprobs", "ref_logprobs", "advantage", "values", "returns", "trained"):
         values = getattr(sample, name)
         if isinstance(values, tuple) and len(values) != len(sample.completion_ids):
             raise ValueError(
@@ -206,6 +217,7 @@ def _share_out(microbatches: list[list[_Row]], world_size: int) -> list[list[lis
 
 def _build(samples: Sequence[Sample], rows: list[_Row], pad_token_id: int, with_experts: bool) -> Microbatch:
     """Tensors of some rows; of one row of one padding token if there are none."""
+    has_values = any(samples[index].values is not None for row in rows for index in row.indices)
     shape = (max(1, len(rows)), max((row.length for row in rows), default=1))
     microbatch = Microbatch(
         input_ids_RW=torch.full(shape, pad_token_id),
@@ -216,6 +228,8 @@ def _build(samples: Sequence[Sample], rows: list[_Row], pad_token_id: int, with_
         sampler_logprobs_RW=torch.zeros(shape),
         old_logprobs_RW=torch.zeros(shape),
         ref_logprobs_RW=torch.zeros(shape),
+        values_RW=torch.zeros(shape) if has_values else None,
+        returns_RW=torch.zeros(shape) if has_values else None,
         experts_NLK=_blank_experts(samples, rows, shape) if with_experts else None,
         candidates_RWC=_blank_candidates(samples, rows, shape),
     )
@@ -242,6 +256,9 @@ def _write(microbatch: Microbatch, row: int, start: int, index: int, sample: Sam
         microbatch.old_logprobs_RW[row, completion] = torch.tensor(sample.old_logprobs) * mask_T
     if sample.ref_logprobs is not None:
         microbatch.ref_logprobs_RW[row, completion] = torch.tensor(sample.ref_logprobs) * mask_T
+    if microbatch.values_RW is not None and microbatch.returns_RW is not None and sample.values is not None:
+        microbatch.values_RW[row, completion] = torch.tensor(sample.values) * mask_T
+        microbatch.returns_RW[row, completion] = torch.tensor(sample.returns) * mask_T
     if microbatch.experts_NLK is not None and sample.experts_TLK is not None:
         first = row * microbatch.input_ids_RW.shape[1] + start
         known = sample.experts_TLK[: _length(sample) - 1]  # the last token was never fed to the sampler

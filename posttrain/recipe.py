@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from posttrain.grpo_recipe import (
     AlgorithmSection,
     AuditSection,
+    CriticSection,
     FaultsSection,
     GrpoRecipe,
     GrpoRouterSection,
@@ -62,6 +63,7 @@ __all__ = [
     "AuditSection",
     "BuildSection",
     "CheckpointSection",
+    "CriticSection",
     "DatasetSection",
     "DecontaminationSection",
     "EnvironmentSection",

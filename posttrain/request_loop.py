@@ -25,10 +25,12 @@ class RequestLoop:
         self._interruptions = 0  # threads that want the engine to stand still
 
     def add(self, token_ids: Sequence[int], params: Any) -> str:
-        """Queue a prompt. Returns the id to `wait` for."""
-        from vllm.sampling_params import RequestOutputKind
+        """Queue a prompt. Returns the id to `wait` for.
 
-        params.output_kind = RequestOutputKind.FINAL_ONLY
+        Args:
+            token_ids: of the prompt.
+            params: vLLM's SamplingParams, which ask for the final output only.
+        """
         with self._turn:
             request_id = str(next(self._ids))
             self._pending.add(request_id)

@@ -130,6 +130,7 @@ class Sampler:
             ValueError: a prompt leaves no room for a single token, or see `require_exact`.
         """
         import vllm
+        from vllm.sampling_params import RequestOutputKind
 
         require_exact(params, self._speculative_tokens, on_cpu=self._on_cpu)
         for prompt in prompts:
@@ -146,6 +147,7 @@ class Sampler:
                 top_k=params.top_k,
                 max_tokens=min(params.max_completion_length, self._max_model_len - len(prompt.token_ids) - 1),
                 logprobs=params.top_k if params.is_truncated else 0,
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )
             for _ in range(params.num_generations):
                 requests[self._loop.add(prompt.token_ids, drawn)] = index
@@ -169,8 +171,9 @@ class Sampler:
             first T - 1 tokens, int16 [T - 1, L, K] (None for a dense model).
         """
         import vllm
+        from vllm.sampling_params import RequestOutputKind
 
-        scored = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0)
+        scored = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
         requests = {self._loop.add(sequence, scored): index for index, sequence in enumerate(sequences)}
         finished = self._loop.wait(list(requests))
         result = []

@@ -159,6 +159,8 @@ class Sample:
     old_logprobs: tuple[float, ...] | None = None  # [T_completion], the learner's own before the first minibatch
     ref_logprobs: tuple[float, ...] | None = None  # [T_completion], the reference policy's
     candidates_TC: np.ndarray | None = None  # see Completion.candidates_TC
+    values: tuple[float, ...] | None = None  # [T_completion], the critic's before the first minibatch
+    returns: tuple[float, ...] | None = None  # [T_completion], what the critic is to learn
     stale_tokens: int = 0  # the first so many were sampled by an earlier version of the policy, or from its cache
     trained: tuple[bool, ...] | None = None  # see Completion.trained; values of other tokens mean nothing
 
@@ -189,6 +191,8 @@ class Microbatch:
     sampler_logprobs_RW: torch.Tensor  # float32
     old_logprobs_RW: torch.Tensor  # float32
     ref_logprobs_RW: torch.Tensor  # float32
+    values_RW: torch.Tensor | None = None  # float32, of the critic; None without one
+    returns_RW: torch.Tensor | None = None  # float32
     experts_NLK: torch.Tensor | None = None  # int16 [R x W, L, K], what the sampler chose; -1 where it chose nothing
     candidates_RWC: torch.Tensor | None = None  # int32, tokens that entry w was sampled from; all -1: the vocabulary
 

@@ -12,6 +12,7 @@ import pytest
 from posttrain.errors import ParityError
 from posttrain.recipe import (
     AlgorithmSection,
+    FaultsSection,
     GrpoRouterSection,
     LearnerSection,
     ModelSection,
@@ -43,7 +44,12 @@ class Parts:
             total_steps=100,
             seed=0,
         )
-        self.samplers = SamplerPool(model, SamplerSection(max_model_len=128, num_threads=1), 0, skip_version)
+        self.samplers = SamplerPool(
+            model,
+            SamplerSection(max_model_len=128, num_threads=1),
+            0,
+            FaultsSection(skip_publication=skip_version),
+        )
         self.nodes = set(self.learner.wait_until_ready()), set(self.samplers.wait_until_ready())
         self.publisher = Publisher(self.learner, self.samplers, ParitySection(), canary_sequences(107, 4, 32, seed=0))
 

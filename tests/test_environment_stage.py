@@ -14,7 +14,8 @@ stage: grpo
 max_steps: 2
 model: {model_name_or_path: %s}
 datasets: [{task: letter_counting, levels: [1], size: 200}]
-environment: {func: "%s:Moody", max_turns: 3, max_turn_length: 6, timeout_seconds: 1, max_failed_fraction: 0.9, kwargs: {hangs: true}}
+environment:
+  {func: "%s:Moody", kwargs: {hangs: true}, max_turns: 3, max_turn_length: 6, timeout_seconds: 1, max_failed_fraction: 0.9}
 rollout: {num_prompts: 4, num_generations: 4, max_completion_length: 40}
 algorithm: {num_minibatches: 2, beta: 0.01}
 optimizer: {learning_rate: 1.0e-3}

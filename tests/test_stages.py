@@ -267,17 +267,13 @@ def test_a_ray_job_runs_the_stage_and_stopping_it_leaves_a_whole_checkpoint(
 
     client = wait_for_dashboard(dashboard)
     python = f"{sys.executable} -m posttrain.grpo {recipe}"
-    done = client.submit_job(
-        entrypoint=f"{python} output_dir={tmp_path / 'done'} max_steps=2", runtime_env={"working_dir": str(ROOT)}
-    )
+    done = submit(client, f"{python} output_dir={tmp_path / 'done'} max_steps=2")
     status = wait_for_end(client, done)
     assert status == JobStatus.SUCCEEDED, client.get_job_logs(done)
     assert json.loads((tmp_path / "done" / "summary.json").read_text())["finished"]
 
     out = tmp_path / "stopped"
-    stopped = client.submit_job(
-        entrypoint=f"{python} output_dir={out} max_steps=500", runtime_env={"working_dir": str(ROOT)}
-    )
+    stopped = submit(client, f"{python} output_dir={out} max_steps=500")
     end = time.monotonic() + 200
     while not (out / "checkpoints" / "latest").exists():
         assert time.monotonic() < end, client.get_job_logs(stopped)
@@ -300,6 +296,17 @@ def wait_for_dashboard(address: str) -> Any:
             return JobSubmissionClient(address)
         except ConnectionError:
             assert time.monotonic() < end
+            time.sleep(1)
+
+
+def submit(client: Any, entrypoint: str) -> Any:
+    """The dashboard answers before the agent that starts jobs is there."""
+    end = time.monotonic() + 120
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(ROOT)})
+        except RuntimeError as error:
+            assert "No available agent" in str(error) and time.monotonic() < end, error
             time.sleep(1)
 
 

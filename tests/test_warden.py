@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from stage_commands import is_marked
 
 from rewards import Item, RewardError, RewardFunction
 from rewards.warden import Limits, Report, Warden
@@ -112,15 +114,16 @@ def children() -> set[int]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Any:
+def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Any:
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv("POSTTRAIN_TEST_MARK", mark)
     before = children()
     yield
     deadline = time.monotonic() + 5
     while children() - before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert children() <= before
-    stray = [p.pid for p in psutil.process_iter(["cmdline"]) if "time.sleep(300)" in " ".join(p.info["cmdline"] or ())]
-    assert stray == []
+    assert [p.pid for p in psutil.process_iter() if is_marked(p, mark) and p.pid not in before] == []
 
 
 def statuses(report: Report) -> list[str]:
