@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from eval.suite import EvalResult, eval_prompts, evaluate
+from posttrain.episodes import episodes
 from posttrain.recipe import EvalSection, ModelSection, SamplerSection
 
 
@@ -16,8 +17,10 @@ def evaluate_checkpoint(model: ModelSection, section: EvalSection, sampler: Samp
     path = str(model.model_name_or_path)
     if Path(path).exists():
         path = str(Path(path).resolve())  # the workers have another working directory
-    prompts = eval_prompts(section, load_tokenizer(path, trust_remote_code=model.trust_remote_code))
+    tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
+    prompts = eval_prompts(section, tokenizer)
     with session(None, sampler.num_workers * sampler.num_cpus):
         samplers = SamplerPool(model.model_copy(update={"model_name_or_path": path}), sampler, section.seed)
         samplers.wait_until_ready()
-        return evaluate(section, prompts, samplers.generate)
+        with episodes(section.environment, samplers.generate, tokenizer, sampler.max_model_len) as generate:
+            return evaluate(section, prompts, generate)

@@ -9,10 +9,12 @@ from typing import Any
 
 from data.prompts import to_prompts
 from eval.statistics import Estimate, estimate
+from posttrain.episode_reward import is_success, require_working
 from posttrain.errors import RunStopped
-from posttrain.recipe import EvalSection
+from posttrain.recipe import EnvironmentSection, EvalSection
 from posttrain.records import evaluation_records
 from posttrain.reward_setup import build_limits, build_reward
+from posttrain.run_dir import transcript
 from posttrain.types import Completion, Prompt, SamplingParams
 from rewards import to_item
 from rewards.warden import Warden
@@ -53,16 +55,21 @@ def evaluate(section: EvalSection, prompts: Sequence[Prompt], generate: Generate
     Args:
         section: how many samples, the grader, lengths and temperature.
         prompts: the problems.
-        generate: draws completions, e.g. `SamplerPool.generate`.
+        generate: draws completions, e.g. `SamplerPool.generate`; with `section.environment` episodes, as
+            `EpisodeSampler.generate` does.
     """
     sampled = generate(
         prompts, SamplingParams(section.max_completion_length, section.temperature, num_generations=section.num_samples)
     )
     greedy = generate(prompts, SamplingParams(section.max_completion_length, 0.0)) if section.greedy else None
-    grader = build_reward(section.reward)
-    with Warden(grader, build_limits(section.reward, grader.form)) as warden:
-        scores = _grade(warden, prompts, sampled)
-        greedy_scores = None if greedy is None else _grade(warden, prompts, greedy)
+    if section.environment is not None:
+        scores = _successes(section.environment, sampled)
+        greedy_scores = None if greedy is None else _successes(section.environment, greedy)
+    else:
+        grader = build_reward(section.reward)
+        with Warden(grader, build_limits(section.reward, grader.form)) as warden:
+            scores = _grade(warden, prompts, sampled)
+            greedy_scores = None if greedy is None else _grade(warden, prompts, greedy)
     kinds: dict[str, list[list[float]]] = {}
     for prompt, scores_N in zip(prompts, scores, strict=True):
         kinds.setdefault(_kind(prompt), []).append(scores_N)
@@ -74,7 +81,7 @@ def evaluate(section: EvalSection, prompts: Sequence[Prompt], generate: Generate
         pass_at_1=estimate(scores),
         greedy=estimate(greedy_scores) if greedy_scores is not None else None,
         by_level={kind: estimate(of_kind) for kind, of_kind in kinds.items()},
-        completion_length_mean=statistics.fmean(len(c.token_ids) for c in completions),
+        completion_length_mean=statistics.fmean(len(c.sampled_ids) for c in completions),
         truncated_fraction=statistics.fmean(c.finish_reason == "length" for c in completions),
         rows=rows,
     )
@@ -101,6 +108,16 @@ def _grade(warden: Warden, prompts: Sequence[Prompt], groups: Sequence[Sequence[
     return [[next(flat).score for _ in group] for group in groups]
 
 
+def _successes(section: EnvironmentSection, groups: Sequence[Sequence[Completion]]) -> list[list[float]]:
+    """[P][N] 1 for episodes that reached `success_reward`; one whose environment failed did not.
+
+    Raises:
+        RunStopped: more failed than `max_failed_fraction` allows.
+    """
+    require_working(section, groups)
+    return [[float(is_success(section, completion)) for completion in group] for group in groups]
+
+
 def _rows(
     prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], scores: Sequence[Sequence[float]], mode: str
 ) -> list[dict[str, Any]]:
@@ -114,7 +131,8 @@ def _rows(
             "answer": prompt.answer,
             "score": score,
             "finish_reason": completion.finish_reason,
-            "length": len(completion.token_ids),
+            "length": len(completion.sampled_ids),
+            **transcript(completion),
         }
         for prompt, group, scores_N in zip(prompts, groups, scores, strict=True)
         for completion, score in zip(group, scores_N, strict=True)

@@ -15,6 +15,8 @@ The rooms:
                     reward_view.py, reward_parts.py (puts them together); rewards/learned.py scores with it
     TRL's trainers  trainer_arguments.py, whole_checkpoints.py, ranks.py: what both of the above use
     rewards         reward_setup.py, reward_pool.py (actors around rewards.warden), audit.py (a verifier beside the rewards)
+    environments    environments.py (what one is), environment_pool.py and environment_process.py (a process for each episode),
+                    episodes.py (turns to completions), episode_reward.py (their reward beside the others)
     engines         sampler.py with vllm_extension.py (vLLM), learner.py (accelerate)
     the policy      model/: load, router, balance, mtp (multi-token prediction), lora, upcycle, policy_files, reward_head
     agreement       wire.py, weights.py (publication and its receipt), parity.py (sampler against learner, token by token)
@@ -31,7 +33,7 @@ One SFT step, as PolicyTrainer takes it:
 
 One GRPO batch, as `grpo.train` walks it:
 
-    rollout.stream          prompts -> SamplerPool.generate -> rewards -> groups
+    rollout.stream          prompts -> SamplerPool.generate, or EpisodeSampler.generate around it -> rewards -> groups
     advantages              each reward against its group
     LearnerGroup.score      the learner's own logprobs, the reference's, and parity with the sampler's
     LearnerGroup.forward_backward, optim_step    once per minibatch: packed, loss over global token counts, router bias

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Collection, Sequence
+from itertools import compress
 from typing import Literal
 
 Baseline = Literal["group_mean", "leave_one_out", "none"]
@@ -103,16 +104,25 @@ def _deviation(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
-def whiten(values: Sequence[Sequence[float]], epsilon: float = 1e-8) -> list[tuple[float, ...]]:
+def whiten(
+    values: Sequence[Sequence[float]],
+    epsilon: float = 1e-8,
+    *,
+    trained: Sequence[Sequence[bool] | None] | None = None,
+) -> list[tuple[float, ...]]:
     """REINFORCE++'s normalisation (arXiv 2501.03262, equation 4): less the mean and over the deviation of all entries.
 
     Args:
         values: ragged, e.g. the advantages of each token of each sample of a batch.
         epsilon: added to the deviation (of the population).
+        trained: for each row which entries count (None: all of them); the others get 0. None: all of all.
 
     Returns:
         The same shape. A batch whose entries are all equal gets 0.
     """
+    if trained is not None:
+        kept = [only(row, mask) for row, mask in zip(values, trained, strict=True)]
+        return [spread(row, mask) for row, mask in zip(whiten(kept, epsilon), trained, strict=True)]
     flat = [value for row in values for value in row]
     if not flat:
         return [tuple(row) for row in values]
@@ -219,6 +229,19 @@ def explained_variance(values: Sequence[Sequence[float]], returns: Sequence[Sequ
 def of_tokens(advantage: Advantage, count: int) -> tuple[float, ...]:
     """[count] An advantage as one number for each token."""
     return advantage if isinstance(advantage, tuple) else (advantage,) * count
+
+
+def only(values: Sequence[float], trained: Sequence[bool] | None) -> tuple[float, ...]:
+    """Of values for each token those of trained tokens; None: all are."""
+    return tuple(values) if trained is None else tuple(compress(values, trained))
+
+
+def spread(values: Sequence[float], trained: Sequence[bool] | None) -> tuple[float, ...]:
+    """The inverse of `only`: other tokens get 0."""
+    if trained is None:
+        return tuple(values)
+    left = iter(values)
+    return tuple(next(left) if counts else 0.0 for counts in trained)
 
 
 def is_felt(advantage: Advantage) -> bool:

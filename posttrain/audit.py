@@ -156,9 +156,9 @@ def _watched(groups: Sequence[Group], pairs: Sequence[_Pair]) -> dict[str, float
     return {
         "reward_mean": statistics.fmean(pair.reward for pair in pairs) if pairs else 0.0,
         "verifier_mean": statistics.fmean(pair.verdict for pair in pairs) if pairs else 0.0,
-        "length_mean": statistics.fmean(len(completion.token_ids) for completion in completions),
+        "length_mean": statistics.fmean(len(completion.sampled_ids) for completion in completions),
         "format_fraction": statistics.fmean(split_answer(completion.text) is not None for completion in completions),
-        "repetition_mean": statistics.fmean(repeated_share(completion.token_ids) for completion in completions),
+        "repetition_mean": statistics.fmean(repeated_share(completion.sampled_ids) for completion in completions),
     }
 
 

@@ -20,9 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from posttrain.environments import build_environment
 from posttrain.errors import RunStopped
 from posttrain.plan import describe
-from posttrain.recipe import DatasetSection, PipelineRecipe, Recipe, RecipeError, RewardSection
+from posttrain.recipe import DatasetSection, EnvironmentSection, PipelineRecipe, Recipe, RecipeError, RewardSection
 from posttrain.recipe_file import check_files, load_recipe, module_of, nearest, stage_recipe
 from posttrain.reward_setup import build_reward
 
@@ -234,22 +235,30 @@ def check_tasks(recipe: Recipe, source: str | Path) -> None:
 
 
 def check_rewards(recipe: Recipe, source: str | Path) -> None:
-    """Resolve every reward the recipe names.
+    """Resolve every reward and environment the recipe names.
 
     Raises:
         RecipeError: one does not resolve, or does not take the options given.
     """
-    sections: list[tuple[str, RewardSection]] = [
+    sections: list[tuple[str, RewardSection | EnvironmentSection]] = [
         (f"rewards.{index}", section) for index, section in enumerate(getattr(recipe, "rewards", ()))
     ]
     evaluation, audit = getattr(recipe, "eval", None), getattr(recipe, "audit", None)
-    if evaluation is not None:
+    environment = getattr(recipe, "environment", None)
+    if environment is not None:
+        sections.append(("environment", environment))
+    if evaluation is not None and evaluation.environment is not None:
+        sections.append(("eval.environment", evaluation.environment))
+    elif evaluation is not None and environment is None:
         sections.append(("eval.reward", evaluation.reward))
     if audit is not None:
         sections.append(("audit.verifier", audit.verifier))
     for key, section in sections:
         try:
-            build_reward(section)
+            if isinstance(section, EnvironmentSection):
+                build_environment(section)
+            else:
+                build_reward(section)
         except ValueError as error:
             raise RecipeError(f"{source}: {key}.func: {error}") from error
         except Exception as error:  # a user's file may fail in any way when it is imported

@@ -52,8 +52,8 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
     recipe = job.recipe
     source = Source(
         job.prompts.take,
-        job.samplers.generate,
-        job.rewards.score,
+        job.generate,
+        job.score_rewards,
         num_prompts=recipe.rollout.num_prompts,
         params=job.sampling,
         max_batches=recipe.algorithm.dynamic_sampling_batches,
@@ -119,6 +119,7 @@ def score(
             completion.logprobs,
             advantage,
             completion.experts_TLK,
+            trained=completion.trained,
             candidates_TC=completion.candidates_TC,
             stale_tokens=completion.stale_tokens(job.step, keeps_cache=job.recipe.rollout.cache_on_update == "keep"),
         )
@@ -146,7 +147,8 @@ def token_advantages(samples: Sequence[Sample], algorithm: AlgorithmSection) -> 
         samples = [replace(s, advantage=paid(s.advantage, s.old_logprobs or (), s.ref_logprobs or ())) for s in samples]
     if algorithm.whiten_advantages:
         rows = [advantages.of_tokens(sample.advantage, len(sample.completion_ids)) for sample in samples]
-        samples = [replace(s, advantage=row) for s, row in zip(samples, advantages.whiten(rows), strict=True)]
+        white = advantages.whiten(rows, trained=[sample.trained for sample in samples])
+        samples = [replace(s, advantage=row) for s, row in zip(samples, white, strict=True)]
     return list(samples)
 
 
@@ -155,10 +157,18 @@ def with_returns(sample: Sample, algorithm: AlgorithmSection) -> Sample:
     assert sample.old_logprobs is not None and sample.values is not None and isinstance(sample.advantage, float)
     reference = sample.ref_logprobs if algorithm.kl_in == "reward" else None
     rewards = advantages.token_rewards(sample.advantage, sample.old_logprobs, reference, algorithm.beta)
+    # An environment's tokens are no decisions of the policy: time passes from one sampled token to the next.
     found, returns = advantages.generalized(
-        rewards, sample.values, gamma=algorithm.gamma, gae_lambda=algorithm.gae_lambda
+        advantages.only(rewards, sample.trained),
+        advantages.only(sample.values, sample.trained),
+        gamma=algorithm.gamma,
+        gae_lambda=algorithm.gae_lambda,
     )
-    return replace(sample, advantage=found, returns=returns)
+    return replace(
+        sample,
+        advantage=advantages.spread(found, sample.trained),
+        returns=advantages.spread(returns, sample.trained),
+    )
 
 
 def learn(samples: list[Sample], job: GrpoJob, verdict: Verdict) -> dict[str, Metric]:
@@ -195,7 +205,8 @@ def learn(samples: list[Sample], job: GrpoJob, verdict: Verdict) -> dict[str, Me
 
 def fit_of_critic(samples: Sequence[Sample]) -> dict[str, Metric]:
     """How much of the differences between returns the critic foresaw."""
-    values, returns = [s.values or () for s in samples], [s.returns or () for s in samples]
+    values = [advantages.only(s.values or (), s.trained) for s in samples]
+    returns = [advantages.only(s.returns or (), s.trained) for s in samples]
     return {"critic/explained_variance": Metric(advantages.explained_variance(values, returns), "mean")}
 
 

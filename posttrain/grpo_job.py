@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from eval.suite import EvalResult, eval_prompts, evaluate
 from posttrain import checkpoint
 from posttrain.audit import Look, RewardAudit, write_look
 from posttrain.breaker import Breaker, Verdict
+from posttrain.episode_reward import episode_scorer
+from posttrain.episodes import episodes
 from posttrain.errors import RunStopped
 from posttrain.metrics import Metric, MetricsLog
 from posttrain.parity import Mismatch, ParityReport
@@ -22,7 +24,7 @@ from posttrain.progress import Progress, before_after_table, paths_written
 from posttrain.recipe import CriticSection, GrpoRecipe, ModelSection
 from posttrain.recipe_file import dump_recipe
 from posttrain.records import load_records
-from posttrain.rollout import Rollout
+from posttrain.rollout import Generate, Rollout, Score
 from posttrain.run_dir import RunDir
 from posttrain.types import SamplingParams
 
@@ -45,7 +47,8 @@ class GrpoJob:
     log: MetricsLog
     tokenizer: Any
     prompts: PromptStream
-    rewards: RewardPool
+    generate: Generate  # single turns, or episodes
+    score_rewards: Score
     learner: LearnerGroup
     samplers: SamplerPool
     publisher: Publisher
@@ -89,7 +92,7 @@ class GrpoJob:
         from posttrain.weights import publication_metrics
 
         samples = len(batch.completions)
-        tokens = sum(len(completion.token_ids) for completion in batch.completions)
+        tokens = sum(len(completion.sampled_ids) for completion in batch.completions)
         metrics = {
             **batch.metrics(self.step - 1),
             **parity.metrics(),
@@ -201,7 +204,9 @@ class GrpoJob:
         section = self.recipe.eval
         if section is None:
             return None
-        return evaluate(section, eval_prompts(section, self.tokenizer), self.samplers.generate)
+        if self.recipe.environment is not None:
+            section = section.model_copy(update={"environment": self.recipe.environment})
+        return evaluate(section, eval_prompts(section, self.tokenizer), self.generate)
 
     def finish(self, before: EvalResult | None, after: EvalResult | None) -> None:
         """Save, write summary and report, and show what came of the run."""
@@ -251,11 +256,14 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
     assert path is not None
     tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
     prompts = PromptStream(load_records(recipe.datasets, "train", recipe.seed), tokenizer, recipe.seed)
-    with session(recipe.ray_address, _cpus(recipe)):
+    with session(recipe.ray_address, _cpus(recipe)), ExitStack() as stack:
         samplers = SamplerPool(model, recipe.sampler, recipe.seed, faults=recipe.faults, rollout=recipe.rollout)
         learner = _learner(recipe, model, _reference(recipe, run_dir, found))
         critic = _critic(recipe, model, found)
-        rewards = RewardPool(recipe.rewards)
+        generate = stack.enter_context(
+            episodes(recipe.environment, samplers.generate, tokenizer, recipe.sampler.max_model_len)
+        )
+        rewards = RewardPool(recipe.rewards) if recipe.rewards else None
         verifier = RewardPool([recipe.audit.verifier]) if recipe.audit else None
         audit = RewardAudit(recipe.audit, verifier.score, recipe.seed) if recipe.audit and verifier else None
         breaker = Breaker(recipe.breaker) if recipe.breaker else None
@@ -287,7 +295,8 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
                 log,
                 tokenizer,
                 prompts,
-                rewards,
+                generate,
+                _score(recipe, rewards),
                 learner,
                 samplers,
                 publisher,
@@ -302,6 +311,14 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
             for pool in (rewards, verifier):
                 if pool is not None:
                     pool.stop()
+
+
+def _score(recipe: GrpoRecipe, rewards: RewardPool | None) -> Score:
+    """The rewards of the recipe, the environment's among them."""
+    if recipe.environment is not None:
+        return episode_scorer(recipe.environment, rewards.score if rewards else None)
+    assert rewards is not None  # the recipe sees to it
+    return rewards.score
 
 
 def _cpus(recipe: GrpoRecipe) -> float:

@@ -11,6 +11,7 @@ from posttrain.algorithms import POLICY_LOSSES, expand
 from posttrain.sections import (
     CheckpointSection,
     DatasetSection,
+    EnvironmentSection,
     EvalSection,
     Fraction,
     ModelSection,
@@ -246,7 +247,8 @@ class GrpoRecipe(Recipe):
     max_steps: PositiveInt
     model: ModelSection
     datasets: tuple[DatasetSection, ...] = Field(min_length=1)
-    rewards: tuple[RewardSection, ...] = Field(min_length=1)
+    rewards: tuple[RewardSection, ...] = ()  # at least one without an environment
+    environment: EnvironmentSection | None = None  # several turns; its reward is one more
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     optimizer: OptimizerSection = OptimizerSection()
@@ -319,12 +321,25 @@ class GrpoRecipe(Recipe):
             dataset.refuse(f"datasets.{index}", "worked_fraction", "careless_fraction")
         if self.eval is not None:
             self.eval.check_fits(self.sampler, during_training=True)
+            if self.eval.environment is not None:
+                raise ValueError(
+                    "eval.environment: GRPO evaluates with the environment it is trained in; write `environment` at the top"
+                )
+            if self.environment is not None and self.eval.names_a_grader:
+                raise ValueError(
+                    "eval.reward: with an environment its episodes are what is evaluated; remove it, or evaluate single turns "
+                    "with python -m eval"
+                )
+        if not self.rewards and self.environment is None:
+            raise ValueError("rewards: none; name at least one, or an environment")
         if self.critic is not None and self.algorithm.baseline != "critic":
             raise ValueError(
                 f"a critic has no use with algorithm.baseline={self.algorithm.baseline}; set algorithm.baseline: critic (or "
                 f"algorithm: ppo), or remove the section"
             )
         labels = Counter(reward.label for reward in self.rewards)
+        if self.environment is not None and "environment" in labels:
+            raise ValueError("rewards: one is named 'environment', as the environment's own reward is; give it a name")
         twice = [label for label, count in labels.items() if count > 1]
         if twice:
             raise ValueError(f"rewards: {labels[twice[0]]} are named {twice[0]!r}; give each its own name")

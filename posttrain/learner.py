@@ -194,9 +194,7 @@ class Learner:
         near_tie_margin: float,
     ) -> tuple[ParityReport, Mismatch]:
         report, apart = ParityReport(), Mismatch()
-        ids_N, mask_N, logprobs_N = (
-            tensor.flatten() for tensor in (microbatch.sample_ids_RW, microbatch.loss_mask_RW, logprobs_RW)
-        )
+        ids_N, logprobs_N = microbatch.sample_ids_RW.flatten(), logprobs_RW.flatten()
         chosen_NLK, used_NLK = (trace.chosen_NLK(), trace.used_NLK()) if self._routers else (None, None)
         for index in ids_N.unique().tolist():
             if index < 0:
@@ -212,7 +210,7 @@ class Learner:
                     if trace.used
                     else own
                 )
-            values = logprobs_N[rows[mask_N[rows]]].tolist()
+            values = logprobs_N[rows[len(sample.prompt_ids) :]].tolist()
             report += compare(sample, values, flips, near_tie_margin=near_tie_margin, name=f"sample {index}")
             apart += mismatch(sample, values, own, len(self._routers))
         return report, apart

@@ -74,7 +74,7 @@ def pack(
     rows = _fill_rows(samples, row_length, samples_per_row or len(samples))
     rows_per_microbatch = max(1, max_tokens_per_microbatch // row_length)
     microbatches = _group_rows(rows, rows_per_microbatch, world_size)
-    num_loss_tokens = sum(len(sample.completion_ids) for sample in samples)
+    num_loss_tokens = sum(sample.num_trained for sample in samples)
     return [
         TrainBatch(
             microbatches=tuple(_build(samples, rows, pad_token_id, with_experts) for rows in share),
@@ -96,25 +96,35 @@ def unpack(
         samples: what `pack` was given.
 
     Returns:
-        Sample index -> its completion tokens' values, [T_completion], for the samples of this rank. The ranks' results
-        have no key in common.
+        Sample index -> its completion tokens' values, [T_completion], 0 for those that are not trained, for the samples of
+        this rank. The ranks' results have no key in common.
 
     Raises:
         ValueError: the values are not of these microbatches, or the batch is not of these samples.
     """
     result: dict[int, tuple[float, ...]] = {}
     for values_RW, microbatch in zip(values, batch.microbatches, strict=True):
-        mask_RW = microbatch.loss_mask_RW.to(values_RW.device)
-        if values_RW.shape != mask_RW.shape:
-            raise ValueError(f"values of shape {tuple(values_RW.shape)} are not of a microbatch {tuple(mask_RW.shape)}")
-        # A sample lies in one row in order, so its trained tokens are neighbours once all others are left out.
-        trained_ids = microbatch.sample_ids_RW[microbatch.loss_mask_RW]
-        indices, counts = trained_ids.unique_consecutive(return_counts=True)
-        parts = values_RW.detach()[mask_RW].split(counts.tolist())
-        result.update((index, tuple(part.tolist())) for index, part in zip(indices.tolist(), parts, strict=True))
-    for index, floats in result.items():
-        if index >= len(samples) or len(floats) != len(samples[index].completion_ids):
-            raise ValueError(f"sample {index} is not the one that was packed; pass the samples in the order of pack()")
+        if values_RW.shape != microbatch.loss_mask_RW.shape:
+            raise ValueError(
+                f"values of shape {tuple(values_RW.shape)} are not of a microbatch {tuple(microbatch.loss_mask_RW.shape)}"
+            )
+        trained_RW = values_RW.detach().masked_fill(~microbatch.loss_mask_RW.to(values_RW.device), 0.0)
+        # A sample lies in one row in order, so its tokens are neighbours.
+        indices, counts = microbatch.sample_ids_RW.flatten().unique_consecutive(return_counts=True)
+        parts = zip(
+            indices.tolist(),
+            trained_RW.flatten().split(counts.tolist()),
+            microbatch.loss_mask_RW.flatten().split(counts.tolist()),
+            strict=True,
+        )
+        for index, part, mask in parts:
+            if index < 0:
+                continue
+            if index >= len(samples) or mask.tolist() != _mask(samples[index]):
+                raise ValueError(
+                    f"sample {index} is not the one that was packed; pass the samples in the order of pack()"
+                )
+            result[index] = tuple(part[len(samples[index].prompt_ids) :].tolist())
     return result
 
 
@@ -138,6 +148,11 @@ def _length(sample: Sample) -> int:
     return len(sample.prompt_ids) + len(sample.completion_ids)
 
 
+def _mask(sample: Sample) -> list[bool]:
+    """Of all its tokens, which are trained."""
+    return [False] * len(sample.prompt_ids) + list(sample.trained or [True] * len(sample.completion_ids))
+
+
 def _check(index: int, sample: Sample, row_length: int) -> None:
     """Raise ValueError if the sample cannot be trained on."""
     if not sample.prompt_ids or not sample.completion_ids:
@@ -148,13 +163,15 @@ def _check(index: int, sample: Sample, row_length: int) -> None:
             f"sample {index} has {_length(sample)} tokens and a row holds row_length={row_length}; raise row_length to "
             f"{_length(sample)} or lower max_completion_length"
         )
-    for name in ("sampler_logprobs", "old_logprobs", "ref_logprobs", "advantage", "values", "returns"):
+    for name in ("sampler_logprobs", "old_logprobs", "ref_logprobs", "advantage", "values", "returns", "trained"):
         values = getattr(sample, name)
         if isinstance(values, tuple) and len(values) != len(sample.completion_ids):
             raise ValueError(
                 f"sample {index} has {len(values)} {name} for {len(sample.completion_ids)} completion tokens; "
                 f"give one each"
             )
+    if not sample.num_trained:
+        raise ValueError(f"sample {index} has no token that was sampled, so none to train on; leave it out")
 
 
 def _fill_rows(samples: Sequence[Sample], row_length: int, samples_per_row: int) -> list[_Row]:
@@ -227,27 +244,28 @@ def _build(samples: Sequence[Sample], rows: list[_Row], pad_token_id: int, with_
 def _write(microbatch: Microbatch, row: int, start: int, index: int, sample: Sample) -> None:
     """Put a sample into `row` from token `start` on."""
     whole = slice(start, start + _length(sample))
-    trained = slice(start + len(sample.prompt_ids), whole.stop)
+    completion = slice(start + len(sample.prompt_ids), whole.stop)
     microbatch.input_ids_RW[row, whole] = torch.tensor(sample.prompt_ids + sample.completion_ids)
     microbatch.position_ids_RW[row, whole] = torch.arange(_length(sample))
     microbatch.sample_ids_RW[row, whole] = index
-    microbatch.loss_mask_RW[row, trained] = True
-    microbatch.advantages_RW[row, trained] = torch.tensor(sample.advantage)
-    microbatch.sampler_logprobs_RW[row, trained] = torch.tensor(sample.sampler_logprobs)
+    mask_T = torch.tensor(_mask(sample)[len(sample.prompt_ids) :]).float()
+    microbatch.loss_mask_RW[row, completion] = mask_T.bool()
+    microbatch.advantages_RW[row, completion] = torch.tensor(sample.advantage) * mask_T
+    microbatch.sampler_logprobs_RW[row, completion] = torch.tensor(sample.sampler_logprobs) * mask_T
     if sample.old_logprobs is not None:
-        microbatch.old_logprobs_RW[row, trained] = torch.tensor(sample.old_logprobs)
+        microbatch.old_logprobs_RW[row, completion] = torch.tensor(sample.old_logprobs) * mask_T
     if sample.ref_logprobs is not None:
-        microbatch.ref_logprobs_RW[row, trained] = torch.tensor(sample.ref_logprobs)
+        microbatch.ref_logprobs_RW[row, completion] = torch.tensor(sample.ref_logprobs) * mask_T
     if microbatch.values_RW is not None and microbatch.returns_RW is not None and sample.values is not None:
-        microbatch.values_RW[row, trained] = torch.tensor(sample.values)
-        microbatch.returns_RW[row, trained] = torch.tensor(sample.returns)
+        microbatch.values_RW[row, completion] = torch.tensor(sample.values) * mask_T
+        microbatch.returns_RW[row, completion] = torch.tensor(sample.returns) * mask_T
     if microbatch.experts_NLK is not None and sample.experts_TLK is not None:
         first = row * microbatch.input_ids_RW.shape[1] + start
         known = sample.experts_TLK[: _length(sample) - 1]  # the last token was never fed to the sampler
         microbatch.experts_NLK[first : first + len(known)] = torch.from_numpy(np.ascontiguousarray(known))
     if microbatch.candidates_RWC is not None and sample.candidates_TC is not None:
         candidates_TC = torch.from_numpy(np.ascontiguousarray(sample.candidates_TC))
-        microbatch.candidates_RWC[row, trained, : candidates_TC.shape[1]] = candidates_TC
+        microbatch.candidates_RWC[row, completion, : candidates_TC.shape[1]] = candidates_TC
 
 
 def _blank_experts(samples: Sequence[Sample], rows: list[_Row], shape: tuple[int, int]) -> torch.Tensor | None:

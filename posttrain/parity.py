@@ -104,6 +104,8 @@ def mismatch(sample: Sample, learner_logprobs: Sequence[float], own_flips: Seque
     first_flip = own_flips[0].position if own_flips else math.inf
     sums, ratios = [0.0, 0.0, 0.0], []
     for offset, (theirs, ours) in enumerate(zip(sample.sampler_logprobs, learner_logprobs, strict=True)):
+        if not sample.is_trained(offset):
+            continue
         cause = 2 if offset < sample.stale_tokens else 1 if first_flip < start + offset else 0
         log_ratio = max(-_LARGEST_LOG_RATIO, min(_LARGEST_LOG_RATIO, ours - theirs))
         ratio = math.exp(log_ratio)
@@ -184,7 +186,7 @@ def compare(
     """Compare one sample's tokens.
 
     Args:
-        sample: holds the sampler's logprobs and experts. Its stale tokens are left out.
+        sample: holds the sampler's logprobs and experts. Its stale tokens are left out, and those that nobody sampled.
         learner_logprobs: [T_completion], of the same tokens under the same temperature.
         flips: routing differences, in order of position and layer.
         near_tie_margin: largest score difference that counts as a tie.
@@ -206,7 +208,7 @@ def compare(
     relative_max = 0.0
     is_stale = sample.stale_tokens >= len(sample.completion_ids)
     for offset, (theirs, ours) in enumerate(zip(sample.sampler_logprobs, learner_logprobs, strict=True)):
-        if offset < sample.stale_tokens:
+        if offset < sample.stale_tokens or not sample.is_trained(offset):
             continue
         # The token at `start + offset` is predicted from the positions before it.
         if first_flip is not None and first_flip < start + offset:

@@ -14,6 +14,7 @@ from posttrain.recipe import (
     BuildSection,
     CheckpointSection,
     DatasetSection,
+    EnvironmentSection,
     EvalRecipe,
     EvalSection,
     GrpoRecipe,
@@ -43,7 +44,8 @@ def describe(recipe: Recipe) -> str:
     lines = [f"stage       {recipe.stage}", f"writes to   {recipe.run_dir}", f"seed        {recipe.seed}"]
     if isinstance(recipe, GrpoRecipe):
         lines += _model(recipe.model) + _trained(recipe.router) + _data(recipe.datasets) + _grpo(recipe)
-        lines += _eval(recipe.eval) + _checkpoints(recipe.checkpoint, first="after the first step, ")
+        lines += _eval(recipe.eval, recipe.environment)
+        lines += _checkpoints(recipe.checkpoint, first="after the first step, ")
         lines += _memory(recipe.model, recipe.sampler, trains=True, beta=recipe.algorithm.beta)
     elif isinstance(recipe, SftRecipe):
         lines += _model(recipe.model) + _sft_trained(recipe) + _data(recipe.datasets) + _sft(recipe)
@@ -206,7 +208,7 @@ def _sampler(section: SamplerSection) -> str:
     return f"sampler     {workers}, up to {section.max_num_seqs} sequences each of up to {section.max_model_len} tokens"
 
 
-def _eval(section: EvalSection | None) -> list[str]:
+def _eval(section: EvalSection | None, environment: EnvironmentSection | None = None) -> list[str]:
     if section is None:
         return ["evaluation  none; add an eval section to see what the training did"]
     lines = [f"evaluation  {_source(dataset)}" for dataset in section.datasets]
@@ -216,7 +218,9 @@ def _eval(section: EvalSection | None) -> list[str]:
         total = sum(dataset.size or 0 for dataset in section.datasets) * (section.num_samples + section.greedy)
         each += f": {total:,} completions each time"
     every = f", also every {section.eval_steps} steps" if section.eval_steps else ""
-    return [*lines, f"            {each}{every}", f"            graded by {section.reward.func}"]
+    played = environment or section.environment
+    judge = f"success in {played.func}" if played else f"graded by {section.reward.func}"
+    return [*lines, f"            {each}{every}", f"            {judge}"]
 
 
 def _checkpoints(section: CheckpointSection, first: str = "") -> list[str]:
@@ -326,7 +330,12 @@ def _grpo(recipe: GrpoRecipe) -> list[str]:
     minibatch = samples // algorithm.num_minibatches
     steps = algorithm.num_minibatches * algorithm.num_iterations
     passes = "" if algorithm.num_iterations == 1 else f" x {algorithm.num_iterations} passes"
-    rewards = ", ".join(f"{section.weight:g} x {section.label}" for section in recipe.rewards)
+    played = recipe.environment
+    names = [*([(played.weight, "environment")] if played else []), *((r.weight, r.label) for r in recipe.rewards)]
+    rewards = ", ".join(f"{weight:g} x {label}" for weight, label in names)
+    episodes = (
+        [f"episodes    up to {played.max_turns} turns with {played.func}, a process for each episode"] if played else []
+    )
     return [
         f"batch       {recipe.rollout.num_prompts} prompts x {recipe.rollout.num_generations} generations = {samples} "
         f"completions per step",
@@ -336,6 +345,7 @@ def _grpo(recipe: GrpoRecipe) -> list[str]:
         f"tokens on each of {learner.num_workers} learner rank(s) per minibatch",
         f"length      {recipe.max_steps} steps, {recipe.max_steps * samples:,} completions, "
         f"{recipe.max_steps * steps:,} optimizer steps",
+        *episodes,
         f"reward      {rewards}",
         f"loss        clip {algorithm.epsilon:g} / {algorithm.clip_high:g}, KL {algorithm.beta:g} ({algorithm.kl_estimator}), "
         f"mean per {algorithm.loss_aggregation}",

@@ -48,12 +48,12 @@ class Rollout:
             "reward/std": statistics.pstdev(rewards),
             "groups/sampled": len(self.sampled),
             "groups/with_signal": statistics.fmean(has_signal(group.judged_rewards) for group in self.sampled),
-            "completion/length_mean": statistics.fmean(len(c.token_ids) for c in completions),
+            "completion/length_mean": statistics.fmean(len(c.sampled_ids) for c in completions),
             "completion/truncated_fraction": statistics.fmean(c.finish_reason == "length" for c in completions),
             "time/rollout": self.seconds_generate,
         }
         metrics = {name: Metric(value, "mean") for name, value in values.items()}
-        lags = [policy_version - version for c in completions for version in c.versions]
+        lags = [policy_version - version for c in completions for version in c.sampled(c.versions)]
         metrics["lag/max"] = Metric(max(lags), "max")
         metrics["lag/mean"] = Metric(statistics.fmean(lags), "mean")
         return {**metrics, **self.reward_metrics}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.types import Group
+from posttrain.types import Completion, Group
 
 if TYPE_CHECKING:
     from eval.suite import EvalResult
@@ -73,7 +73,8 @@ class RunDir:
                 "advantage": advantages_G[index],
                 "policy_version": completion.policy_version,
                 "finish_reason": completion.finish_reason,
-                "length": len(completion.token_ids),
+                "length": len(completion.sampled_ids),
+                **transcript(completion),
             }
             for group, advantages_G in zip(groups, advantages, strict=True)
             for index, completion in enumerate(group.completions)
@@ -96,6 +97,13 @@ class RunDir:
         pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), partial)
         partial.replace(path)
         return path
+
+
+def transcript(completion: Completion) -> dict[str, str]:
+    """For a completion of several turns, a column with all of them; nothing otherwise."""
+    if completion.episode is None:
+        return {}
+    return {"episode": "\n".join(f"[{m['role']}] {m['content']}" for m in completion.episode.messages)}
 
 
 def _versions() -> Iterable[tuple[str, str]]:

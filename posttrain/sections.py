@@ -281,11 +281,27 @@ class RouterSection(Section):
     freeze: bool = False  # keep the router's weights as they are
 
 
+class EnvironmentSection(Section):
+    """What answers the policy over several turns (see docs/environments.md). Each episode has a process of its own."""
+
+    func: str  # module:Class or path/to/file.py:Class
+    kwargs: Mapping[str, Any] = Field(default_factory=dict)  # of the class
+    max_turns: PositiveInt = 4  # messages of the policy in an episode
+    max_turn_length: PositiveInt | None = None  # tokens of one of them; None: what the episode has left
+    weight: Number = 1.0  # of the episode's reward beside `rewards`
+    success_reward: Number = 1.0  # evaluation: the reward from which on an episode counts as a success
+    timeout_seconds: Positive = 10.0  # of the start, and of each step
+    max_memory_gib: Positive | None = 4.0  # of one episode's process, beyond its imports; None is no limit
+    max_concurrency: PositiveInt = 16  # environments that work at the same time
+    max_failed_fraction: Fraction = 0.5  # of a step's episodes; beyond it the run stops
+
+
 class EvalSection(Section):
     """pass@1 (sampled) and greedy accuracy on held-out problems, with the grader that is also the reward."""
 
     datasets: tuple[DatasetSection, ...] = Field(min_length=1)
     reward: RewardSection = RewardSection(func="rewards.task_answer:score", name="accuracy")
+    environment: EnvironmentSection | None = None  # success in episodes instead of a grader; in GRPO the recipe's own
     num_samples: PositiveInt = 1  # sampled completions per problem
     greedy: bool = True
     max_completion_length: PositiveInt = 128
@@ -297,7 +313,14 @@ class EvalSection(Section):
     def _all_of_it_counts(self) -> EvalSection:
         for index, dataset in enumerate(self.datasets):
             dataset.refuse(f"datasets.{index}", "weight", "worked_fraction", "careless_fraction")
+        if self.environment is not None and self.names_a_grader:
+            raise ValueError("reward and environment both say what counts as right; remove one")
         return self
+
+    @property
+    def names_a_grader(self) -> bool:
+        """Whether `reward` is another than the default."""
+        return bool(self.reward != type(self).model_fields["reward"].default)
 
     def check_fits(self, sampler: SamplerSection, *, during_training: bool) -> None:
         """Refuse an evaluation that the stage cannot do as asked.

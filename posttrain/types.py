@@ -18,8 +18,9 @@ This module imports nothing of the project, and neither torch nor numpy at run t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -65,17 +66,19 @@ class Completion:
     token_ids: tuple[int, ...]  # [T_completion], EOS included when finish_reason is "stop"
     logprobs: tuple[
         float, ...
-    ]  # [T_completion], natural log, under the distribution sampled from (temperature applied)
+    ]  # [T_completion], natural log, under the distribution sampled from (temperature applied); 0 where not sampled
     finish_reason: FinishReason  # "length" means truncated at max_completion_length
     text: str  # decoded, special tokens left out
     policy_version: int  # number of publications before its first token was sampled
     experts_TLK: np.ndarray | None = None  # int16 [T_prompt + T_completion - 1, L, K], None for a dense model
     token_versions: tuple[int, ...] | None = None  # [T_completion], None when all are of policy_version
     candidates_TC: np.ndarray | None = None  # int32 [T_completion, C], -1 fills up; None when nothing was left out
+    trained: tuple[bool, ...] | None = None  # [T_completion], False for an environment's tokens; None: all were sampled
+    episode: Episode | None = None  # what an environment said; `text` then is the last of the policy's messages
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """[T_completion], the version of the policy that sampled each token."""
+        """[T_completion], the version of the policy that sampled each token; an environment's go with those before."""
         return self.token_versions or (self.policy_version,) * len(self.token_ids)
 
     def stale_tokens(self, version: int, *, keeps_cache: bool) -> int:
@@ -87,6 +90,35 @@ class Completion:
         """
         older = sum(own != version for own in self.versions)
         return len(self.token_ids) if older and keeps_cache else older
+
+    @property
+    def sampled_ids(self) -> tuple[int, ...]:
+        """The tokens that the policy sampled."""
+        return tuple(self.sampled(self.token_ids))
+
+    def sampled(self, values: Sequence[int]) -> Sequence[int]:
+        """Of values for each token, those of the tokens that the policy sampled."""
+        return values if self.trained is None else tuple(compress(values, self.trained))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What an environment answers to a message of the policy."""
+
+    messages: Sequence[Message] = ()  # what the policy sees next, e.g. one of the role tool; none when done
+    reward: float = 0.0  # finite; an episode's reward is the sum over its steps
+    done: bool = False  # the episode is over
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """What came of several turns with an environment."""
+
+    reward: float  # the sum over its steps
+    num_turns: int  # messages of the policy
+    messages: tuple[Message, ...]  # the policy's and the environment's, after the prompt
+    status: RewardStatus = "ok"  # otherwise the environment failed, and the reward means nothing
+    detail: str = ""  # for people: how it failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +162,16 @@ class Sample:
     values: tuple[float, ...] | None = None  # [T_completion], the critic's before the first minibatch
     returns: tuple[float, ...] | None = None  # [T_completion], what the critic is to learn
     stale_tokens: int = 0  # the first so many were sampled by an earlier version of the policy, or from its cache
+    trained: tuple[bool, ...] | None = None  # see Completion.trained; values of other tokens mean nothing
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that are trained."""
+        return len(self.completion_ids) if self.trained is None else sum(self.trained)
+
+    def is_trained(self, place: int) -> bool:
+        """Whether the completion's token at this place is."""
+        return self.trained is None or self.trained[place]
 
 
 @dataclass(frozen=True, slots=True)

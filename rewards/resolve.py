@@ -43,19 +43,31 @@ def resolve(spec: str) -> Callable[..., Any]:
     Raises:
         ValueError: malformed name, nothing there, or a function that cannot take the call.
     """
-    if ":" not in spec and not spec.endswith(".py"):
-        function = _published(spec)
-    else:
-        place, colon, attribute = spec.rpartition(":")
-        if not colon or not place or not attribute:
-            raise ValueError(f"reward {spec!r} must be module:function or path/to/file.py:function")
-        module = _load_file(place, spec) if place.endswith(".py") else _load_module(place, spec)
-        if not hasattr(module, attribute):
-            names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-            raise ValueError(f"reward {spec!r}: {place} has no {attribute!r}{_nearest(attribute, names)}")
-        function = getattr(module, attribute)
+    function = _published(spec) if ":" not in spec and not spec.endswith(".py") else find(spec, "reward", "function")
     _check_signature(function, spec)
     return function
+
+
+def find(spec: str, kind: str, noun: str) -> Any:
+    """What a recipe names as `module:noun` or `path/to/file.py:noun`.
+
+    Args:
+        spec: the name.
+        kind: what it is for, for messages, e.g. "reward".
+        noun: what it is, for messages, e.g. "function".
+
+    Raises:
+        ValueError: malformed name, or nothing there.
+    """
+    place, colon, attribute = spec.rpartition(":")
+    if not colon or not place or not attribute:
+        raise ValueError(f"{kind} {spec!r} must be module:{noun} or path/to/file.py:{noun}")
+    label = f"{kind} {spec!r}"
+    module = _load_file(place, label) if place.endswith(".py") else _load_module(place, label)
+    if not hasattr(module, attribute):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise ValueError(f"{label}: {place} has no {attribute!r}{_nearest(attribute, names)}")
+    return getattr(module, attribute)
 
 
 @cache
@@ -81,11 +93,11 @@ def _published(name: str) -> Callable[..., Any]:
     return function
 
 
-def _load_file(place: str, spec: str) -> ModuleType:
+def _load_file(place: str, label: str) -> ModuleType:
     path = Path(place).expanduser().resolve()
     if not path.is_file():
         files = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise ValueError(f"reward {spec!r}: file {place!r} does not exist in {Path.cwd()}{_nearest(path.name, files)}")
+        raise ValueError(f"{label}: file {place!r} does not exist in {Path.cwd()}{_nearest(path.name, files)}")
     return _execute_file(path)
 
 
@@ -104,7 +116,7 @@ def _execute_file(path: Path) -> ModuleType:
     return module
 
 
-def _load_module(place: str, spec: str) -> ModuleType:
+def _load_module(place: str, label: str) -> ModuleType:
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
@@ -117,7 +129,7 @@ def _load_module(place: str, spec: str) -> ModuleType:
             paths = getattr(sys.modules[parent], "__path__", [])
             siblings = [f"{parent}.{module.name}" for module in pkgutil.iter_modules(paths)]
         raise ValueError(
-            f"reward {spec!r}: no module {error.name!r}{_nearest(place, siblings)}; for a file write path/to/file.py"
+            f"{label}: no module {error.name!r}{_nearest(place, siblings)}; for a file write path/to/file.py"
         ) from error
 
 

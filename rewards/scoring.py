@@ -178,7 +178,7 @@ def to_item(prompt: Prompt, completion: Completion) -> Item:
         **prompt.metadata,
         "messages": prompt.messages,
         "finish_reason": completion.finish_reason,
-        "completion_length": len(completion.token_ids),
+        "completion_length": len(completion.sampled_ids),
     }
     return Item(completion.text, prompt.answer, metadata)
 

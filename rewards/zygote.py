@@ -43,32 +43,32 @@ class Bounds:
 def main(number: int) -> None:
     """Serve on the inherited socket `number` until its other end closes."""
     control = socket.socket(fileno=number)
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the program that started us
     try:
-        function, bounds = pickle.loads(_receive(control))
+        function, bounds = pickle.loads(receive(control))
         function.warm_up()
     except BaseException as error:
-        _reply(control, {"error": "".join(traceback.format_exception_only(error)).strip()})
+        reply(control, {"error": "".join(traceback.format_exception_only(error)).strip()})
         return
-    _reply(control, {"ready": True})
+    reply(control, {"ready": True})
     worker = 0
     while True:
         command, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if command == b"f":
             worker = _fork(control, descriptors[0], function, bounds)
-            _reply(control, {"pid": worker})
+            reply(control, {"pid": worker})
         elif command == b"k":
-            _kill_tree(worker)
-            _reply(control, {"strays": _sweep(0)})
+            kill_tree(worker)
+            reply(control, {"strays": sweep(set())})
             worker = 0
         elif command == b"s":
-            _reply(control, {"strays": _sweep(worker)})
+            reply(control, {"strays": sweep({worker})})
         elif command == b"i":
-            _reply(control, {"imported": _import(json.loads(_receive(control)))})
+            reply(control, {"imported": _import(json.loads(receive(control)))})
         else:  # closed
-            _kill_tree(worker)
-            _sweep(0)
+            kill_tree(worker)
+            sweep(set())
             return
 
 
@@ -84,12 +84,14 @@ def _import(names: list[str]) -> int:
     return count
 
 
-def _receive(control: socket.socket) -> bytes:
+def receive(control: socket.socket) -> bytes:
+    """What was sent with its length (8 bytes) before it."""
     size = int.from_bytes(control.recv(8, socket.MSG_WAITALL), "big")
     return control.recv(size, socket.MSG_WAITALL)
 
 
-def _reply(control: socket.socket, answer: dict[str, Any]) -> None:
+def reply(control: socket.socket, answer: dict[str, Any]) -> None:
+    """A JSON line."""
     control.sendall(json.dumps(answer).encode() + b"\n")
 
 
@@ -103,24 +105,30 @@ def _fork(control: socket.socket, descriptor: int, function: Any, bounds: Bounds
         from rewards.worker import serve
 
         control.close()
-        os.setsid()
-        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if bounds.memory_bytes is not None:
-            with open("/proc/self/statm", encoding="ascii") as file:
-                size = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
-            resource.setrlimit(resource.RLIMIT_AS, (size + bounds.memory_bytes,) * 2)
+        confine(bounds.memory_bytes)
         serve(Connection(descriptor), function, bounds.timeout_seconds)
         code = 0
     finally:
         os._exit(code)  # not back into the zygote's loop, whatever happens
 
 
-def _prctl(option: int, value: int) -> None:
+def confine(memory_bytes: int | None) -> None:
+    """Make the calling process a worker: a group of its own, gone when its parent is, and with bounded memory."""
+    os.setsid()
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory_bytes is not None:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            size = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (size + memory_bytes,) * 2)
+
+
+def prctl(option: int, value: int) -> None:
+    """Linux's prctl, as far as it takes one number."""
     ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
-def _kill_tree(pid: int) -> None:
+def kill_tree(pid: int) -> None:
     """Stop, then kill, a process and all its descendants. Stopping first keeps them from forking faster than they die."""
     if not pid:
         return
@@ -136,15 +144,15 @@ def _kill_tree(pid: int) -> None:
         os.waitpid(pid, 0)
 
 
-def _sweep(worker: int) -> int:
-    """Kill and reap children that are not the worker: what rewards left behind. Returns how many still ran."""
+def sweep(workers: set[int]) -> int:
+    """Kill and reap children that are not the workers: what plugins left behind. Returns how many still ran."""
     strays: set[int] = set()
     deadline = time.monotonic() + MAX_SECONDS
-    while (found := set(children(os.getpid())) - {worker}) and time.monotonic() < deadline:
+    while (found := set(children(os.getpid())) - workers) and time.monotonic() < deadline:
         for child in found:
             if not is_zombie(child):
                 strays.add(child)
-            _kill_tree(child)
+            kill_tree(child)
     return len(strays)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from posttrain.advantages import (
     whiten,
     with_kl_to_go,
 )
+from posttrain.grpo import with_returns
+from posttrain.recipe import AlgorithmSection
+from posttrain.types import Sample
 
 leave_one_out = partial(group_relative, baseline="leave_one_out", scale="none")
 
@@ -140,3 +144,20 @@ def test_advantages_are_those_of_trl(scale: str, tmp_path: Path, monkeypatch: py
     ours = group_relative(rewards[:4], scale=scale) + group_relative(rewards[4:], scale=scale)  # type: ignore[arg-type]
     assert theirs.tolist() == pytest.approx(ours, abs=2e-6)
     assert max(map(abs, ours)) > 0.5
+
+
+def test_whitening_leaves_tokens_out_that_nobody_sampled() -> None:
+    white = whiten([(1.0, 99.0, 3.0), (5.0,)], 0.0, trained=[(True, False, True), None])
+    deviation = (8 / 3) ** 0.5  # of 1, 3, 5
+    assert white == [pytest.approx((-2 / deviation, 0.0, 0.0)), pytest.approx((2 / deviation,))]
+
+
+def test_a_critic_passes_over_tokens_that_nobody_sampled() -> None:
+    """Three sampled tokens with one of an environment between them: as the three alone, worked by hand."""
+    sample = Sample((1,), (2, 3, 4, 5), (-1.0,) * 4, 1.0, old_logprobs=(-1.0,) * 4, values=(0.5, 0.0, 0.25, 0.75))
+    sample = replace(sample, trained=(True, False, True, True))
+    algorithm = AlgorithmSection(preset="ppo", gamma=1.0, gae_lambda=0.5, kl_in="loss", beta=0.0)
+    found = with_returns(sample, algorithm)
+    # deltas: 0.25 - 0.5, 0.75 - 0.25, 1 - 0.75; A = delta + A of the next / 2
+    assert found.advantage == pytest.approx((-0.25 + 0.3125, 0.0, 0.625, 0.25))
+    assert found.returns == pytest.approx((0.5625, 0.0, 0.875, 1.0))

@@ -245,3 +245,75 @@ def test_replay_refuses_another_models_experts(checkpoint: Path) -> None:
     )
     with pytest.raises(ValueError, match="experts of 3 layers and the model has 1"):
         replaying(checkpoint).forward_backward(batch, AlgorithmSection())
+
+
+def with_answers(samples: list[Sample]) -> list[Sample]:
+    """Samples of which every third token and the last but two came from an environment."""
+    marked = []
+    for sample in samples:
+        count = len(sample.completion_ids)
+        marked.append(replace(sample, trained=tuple(place % 3 != 1 and place != count - 3 for place in range(count))))
+    return marked
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_an_environments_tokens_are_seen_but_not_trained(learner: Learner, aggregation: Any) -> None:
+    """The gradient is that of a hand-written loss over the sampled tokens, each predicted from all tokens before it."""
+    model = tiny_policy()
+    model.set_experts_implementation("eager")
+    samples = with_answers(near(random_samples(LENGTHS), model))
+    algorithm = AlgorithmSection(epsilon=0.2, epsilon_high=0.28, beta=0.05, loss_aggregation=aggregation)
+
+    def only_trained(sample: Sample) -> Sample:
+        keep = [place for place, trained in enumerate(sample.trained or ()) if trained]
+        old, ref = sample.old_logprobs or (), sample.ref_logprobs or ()
+        return replace(
+            sample,
+            completion_ids=tuple(sample.completion_ids[place] for place in keep),
+            old_logprobs=tuple(old[place] for place in keep),
+            ref_logprobs=tuple(ref[place] for place in keep),
+        )
+
+    logprobs = [completion_logprobs(model, sample)[torch.tensor(sample.trained)] for sample in samples]
+    shortened = [only_trained(sample) for sample in samples]
+    grpo_loss(shortened, logprobs, epsilon_low=0.2, epsilon_high=0.28, beta=0.05, aggregation=aggregation).backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_same(gradients(learner, samples, algorithm), expected, 1e-5)
+
+    # Whatever stands where nobody sampled is not looked at ...
+    def spoilt(values: tuple[float, ...] | None, sample: Sample) -> tuple[float, ...]:
+        return tuple(v if trained else 99.0 for v, trained in zip(values or (), sample.trained or (), strict=True))
+
+    wrong = [
+        replace(
+            s,
+            old_logprobs=spoilt(s.old_logprobs, s),
+            ref_logprobs=spoilt(s.ref_logprobs, s),
+            sampler_logprobs=spoilt(s.sampler_logprobs, s),
+        )
+        for s in samples
+    ]
+    assert_same(gradients(learner, wrong, algorithm), expected, 1e-5)
+    # ... but the tokens themselves are what the others follow on.
+    other = [replace(s, completion_ids=(s.completion_ids[0], 4, *s.completion_ids[2:])) for s in samples]
+    name = "model.embed_tokens.weight"
+    assert not torch.allclose(gradients(learner, other, algorithm)[name], expected[name], rtol=1e-2)
+
+
+def test_scores_and_parity_of_several_turns_stay_aligned(learner: Learner) -> None:
+    model = tiny_policy()
+    samples = with_answers(random_samples(LENGTHS))
+    exact = []
+    for sample in samples:
+        values = completion_logprobs(model, sample).tolist()
+        kept = tuple(v if trained else 0.0 for v, trained in zip(values, sample.trained or (), strict=True))
+        exact.append(replace(sample, sampler_logprobs=kept))
+    (batch,) = pack(exact, world_size=1, max_tokens_per_microbatch=64, row_length=32, pad_token_id=0)
+    count = sum(sum(sample.trained or ()) for sample in exact)
+    assert batch.num_loss_tokens == count
+    scores = learner.score(batch, exact, near_tie_margin=1e-5)
+    for index, sample in enumerate(exact):
+        assert scores.logprobs[index] == pytest.approx(sample.sampler_logprobs, abs=1e-5)  # 0 where nobody sampled
+        assert scores.ref_logprobs[index] == pytest.approx(sample.sampler_logprobs, abs=1e-5)
+    assert scores.parity.tokens == scores.mismatch.tokens == count
+    assert scores.parity.gap_max < 1e-5 and scores.mismatch.kl < 1e-8

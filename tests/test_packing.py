@@ -54,6 +54,32 @@ def test_every_field_by_hand() -> None:
     assert (batch.num_loss_tokens, batch.num_samples) == (4, 2)
 
 
+def test_tokens_that_were_not_sampled_by_hand() -> None:
+    mask = (True, False, False, True)
+    sample = Sample((11,), (12, 13, 14, 15), (-1.0, 0.0, 0.0, -2.0), (2.0, 3.0, 4.0, 5.0), trained=mask)
+    sample = replace(sample, old_logprobs=(-1.5, -9.0, -9.0, -2.5), ref_logprobs=(-3.0, -9.0, -9.0, -4.0))
+    (batch,) = pack([sample], world_size=1, max_tokens_per_microbatch=8, row_length=8, pad_token_id=9)
+    (microbatch,) = batch.microbatches
+    assert microbatch.input_ids_RW.tolist() == [[11, 12, 13, 14, 15]]
+    assert microbatch.loss_mask_RW.tolist() == [[False, True, False, False, True]]
+    assert microbatch.advantages_RW.tolist() == [[0, 2, 0, 0, 5]]
+    assert microbatch.sampler_logprobs_RW.tolist() == [[0, -1, 0, 0, -2]]
+    assert microbatch.old_logprobs_RW.tolist() == [[0, -1.5, 0, 0, -2.5]]
+    assert microbatch.ref_logprobs_RW.tolist() == [[0, -3, 0, 0, -4]]
+    assert (batch.num_loss_tokens, batch.num_samples) == (2, 1)
+    assert unpack([torch.arange(5.0)[None]], batch, [sample]) == {0: (1.0, 0.0, 0.0, 4.0)}
+    with pytest.raises(ValueError, match="order of pack"):
+        unpack([torch.arange(5.0)[None]], batch, [replace(sample, trained=(False, True, False, True))])
+    with pytest.raises(ValueError, match="no token that was sampled"):
+        pack(
+            [replace(sample, trained=(False,) * 4)],
+            world_size=1,
+            max_tokens_per_microbatch=8,
+            row_length=8,
+            pad_token_id=9,
+        )
+
+
 def test_padding_by_hand() -> None:
     samples = random_samples([(2, 3), (1, 1)])
     (batch,) = pack(
