@@ -92,6 +92,17 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "kl_estimator": "k1",
         "kl_in": "reward",
     },
+    # Reverse KL to a teacher on the policy's own samples (arXiv 2306.13649, 2505.09388): tokens one by one, discount 0.
+    # Rewards count as much as their weights say, which may be 0.
+    "on_policy_distillation": {
+        "policy_loss": "clip",
+        "epsilon": 0.2,
+        "baseline": "group_mean",
+        "scale_rewards": "none",
+        "loss_aggregation": "token",
+        "beta": 0.0,
+        "distill_coef": 1.0,
+    },
     # GSPO (arXiv 2507.18071): one ratio for a sample.
     "gspo": {
         "policy_loss": "sequence_clip",

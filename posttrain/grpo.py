@@ -23,7 +23,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
-from posttrain import advantages, grpo_job, rollout
+from posttrain import advantages, distillation, grpo_job, rollout
 from posttrain.breaker import Verdict
 from posttrain.cli import run_stage
 from posttrain.grpo_job import GrpoJob
@@ -71,7 +71,7 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
             samples, parity, apart = score(batch, batch_advantages, job)
             require_parity(parity, recipe.parity)
             verdict = job.look_for_mismatch(apart)
-            learned = learn(samples, job, verdict)
+            learned = {**learn(samples, job, verdict), **distillation.metrics(samples)}
 
             trained = time.perf_counter()
             receipts = job.publisher.publish(job.step + 1)
@@ -129,7 +129,12 @@ def score(
     ]
     scores = job.learner.score(samples, near_tie_margin=job.recipe.parity.near_tie_margin)
     scored = [
-        replace(sample, old_logprobs=scores.logprobs[index], ref_logprobs=scores.ref_logprobs.get(index))
+        replace(
+            sample,
+            old_logprobs=scores.logprobs[index],
+            ref_logprobs=scores.ref_logprobs.get(index),
+            teacher_logprobs=scores.teacher_logprobs.get(index),
+        )
         for index, sample in enumerate(samples)
     ]
     if job.critic is not None:
@@ -145,6 +150,11 @@ def token_advantages(samples: Sequence[Sample], algorithm: AlgorithmSection) -> 
     elif algorithm.kl_in == "reward" and algorithm.beta:
         paid = partial(advantages.with_kl_to_go, beta=algorithm.beta)
         samples = [replace(s, advantage=paid(s.advantage, s.old_logprobs or (), s.ref_logprobs or ())) for s in samples]
+    if algorithm.distill_coef:
+        taught = partial(distillation.with_teacher, coef=algorithm.distill_coef)
+        samples = [
+            replace(s, advantage=taught(s.advantage, s.old_logprobs or (), s.teacher_logprobs or ())) for s in samples
+        ]
     if algorithm.whiten_advantages:
         rows = [advantages.of_tokens(sample.advantage, len(sample.completion_ids)) for sample in samples]
         white = advantages.whiten(rows, trained=[sample.trained for sample in samples])

@@ -15,6 +15,7 @@ from eval.suite import EvalResult, eval_prompts, evaluate
 from posttrain import checkpoint
 from posttrain.audit import Look, RewardAudit, write_look
 from posttrain.breaker import Breaker, Verdict
+from posttrain.distillation import require_same_vocabulary
 from posttrain.episode_reward import episode_scorer
 from posttrain.episodes import episodes
 from posttrain.errors import RunStopped
@@ -255,6 +256,9 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
     model = recipe.model.model_copy(update={"model_name_or_path": path})
     assert path is not None
     tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
+    if recipe.teacher is not None:
+        of_teacher = load_tokenizer(recipe.teacher.model_name_or_path, trust_remote_code=model.trust_remote_code)
+        require_same_vocabulary(tokenizer, of_teacher, recipe.teacher.model_name_or_path)
     prompts = PromptStream(load_records(recipe.datasets, "train", recipe.seed), tokenizer, recipe.seed)
     with session(recipe.ray_address, _cpus(recipe)), ExitStack() as stack:
         samplers = SamplerPool(model, recipe.sampler, recipe.seed, faults=recipe.faults, rollout=recipe.rollout)
@@ -340,6 +344,7 @@ def _learner(recipe: GrpoRecipe, model: ModelSection, reference_path: str | None
         model=model,
         optimizer=recipe.optimizer,
         reference_path=reference_path,
+        teacher_path=recipe.teacher.model_name_or_path if recipe.teacher else None,
         origin=recipe.model.model_name_or_path,
         router_section=recipe.router,
         temperature=recipe.rollout.temperature,

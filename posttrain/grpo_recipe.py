@@ -82,6 +82,7 @@ class AlgorithmSection(Section):
     beta: NonNegative = 0.001  # weight of the KL to the reference policy
     kl_estimator: Literal["k1", "k2", "k3", "unbiased"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
+    distill_coef: NonNegative = 0.0  # weight of the teacher's logprob less the policy's in each token's advantage
     reference_refresh_steps: NonNegativeInt = 0  # the policy becomes the reference every so many steps; 0: never
     entropy_coef: NonNegative = 0.0  # weight of the entropy, which is maximised
     old_policy: Literal["learner", "sampler"] = "learner"  # whose logprobs the ratio is taken to
@@ -176,6 +177,12 @@ class LearnerSection(Section):
         return self
 
 
+class TeacherSection(Section):
+    """A model whose logprobs the policy is drawn to on its own samples (`algorithm.distill_coef`)."""
+
+    model_name_or_path: str  # with the policy's tokenizer; loaded like the policy, and not trained
+
+
 class CriticSection(Section):
     """The value model of PPO: the policy's architecture with a head that gives one number for each token."""
 
@@ -257,6 +264,7 @@ class GrpoRecipe(Recipe):
     sampler: SamplerSection = SamplerSection()
     parity: ParitySection = ParitySection()
     critic: CriticSection | None = None  # for algorithm.baseline: critic; None takes the defaults there
+    teacher: TeacherSection | None = None
     breaker: BreakerSection | None = None
     audit: AuditSection | None = None
     eval: EvalSection | None = None
@@ -277,7 +285,8 @@ class GrpoRecipe(Recipe):
                 f"rollout.num_prompts x rollout.num_generations = {rows} samples do not divide into "
                 f"algorithm.num_minibatches={parts}; choose a divisor of {rows}"
             )
-        if self.rollout.num_generations < 2 and self.algorithm.baseline in ("group_mean", "leave_one_out"):
+        alone = self.rollout.num_generations < 2 and not self.algorithm.distill_coef
+        if alone and self.algorithm.baseline in ("group_mean", "leave_one_out"):
             raise ValueError(
                 f"rollout.num_generations={self.rollout.num_generations} with algorithm.baseline={self.algorithm.baseline}: a "
                 f"completion is compared with others of its prompt; give 2 or more, or take baseline: critic"
@@ -296,6 +305,20 @@ class GrpoRecipe(Recipe):
             raise ValueError(
                 f"parity.canary_length={self.parity.canary_length} does not fit sampler.max_model_len="
                 f"{self.sampler.max_model_len}; lower parity.canary_length"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_is_heard(self) -> GrpoRecipe:
+        if self.algorithm.distill_coef and self.teacher is None:
+            raise ValueError(
+                f"algorithm.distill_coef={self.algorithm.distill_coef:g} without a teacher; add teacher: "
+                f"{{model_name_or_path: ...}}, or set it to 0"
+            )
+        if self.teacher is not None and not self.algorithm.distill_coef:
+            raise ValueError(
+                "a teacher without algorithm.distill_coef is not listened to; set that, e.g. by the preset "
+                "on_policy_distillation, or remove the section"
             )
         return self
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Scores:
     ref_logprobs: Mapping[int, tuple[float, ...]]  # empty without a reference
     parity: ParityReport
     mismatch: Mismatch
+    teacher_logprobs: Mapping[int, tuple[float, ...]] = field(default_factory=dict)  # empty without a teacher
 
     def __add__(self, other: Scores) -> Scores:
         return Scores(
@@ -44,6 +45,7 @@ class Scores:
             {**self.ref_logprobs, **other.ref_logprobs},
             self.parity + other.parity,
             self.mismatch + other.mismatch,
+            {**self.teacher_logprobs, **other.teacher_logprobs},
         )
 
 
@@ -57,6 +59,7 @@ class Learner:
         learner: LearnerSection,
         *,
         reference_path: str | None,
+        teacher_path: str | None = None,
         origin: str | None = None,
         router_section: GrpoRouterSection,
         temperature: float,
@@ -79,10 +82,9 @@ class Learner:
         self._model = self._load(model, model.model_name_or_path)
         if learner.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._reference = None
-        if reference_path is not None:
-            self._reference = self._load(model, reference_path).requires_grad_(False).eval()
-            self._reference.to(self._accelerator.device)
+        # Models that only score: what is sampled is compared with them.
+        paths = {"reference": reference_path, "teacher": teacher_path}
+        self._frozen = {name: self._load_frozen(path) for name, path in paths.items() if path is not None}
         self._routers = router.find_routers(self._model)
         self._router_section = router_section
         self._balance = RouterBalance(self._routers, router_section)
@@ -156,7 +158,7 @@ class Learner:
     def score(
         self, batch: TrainBatch, samples: Sequence[Sample], *, near_tie_margin: float, temperature: float | None = None
     ) -> Scores:
-        """Logprobs of this rank's samples under policy and reference, and how well the sampler's agree.
+        """Logprobs of this rank's samples under policy, reference and teacher, and how well the sampler's agree.
 
         Args:
             batch: the samples packed; only this rank's are in it.
@@ -164,7 +166,8 @@ class Learner:
             near_tie_margin: see `posttrain.parity`.
             temperature: None takes that of the training.
         """
-        ours, references, parity, apart = [], [], ParityReport(), Mismatch()
+        ours, parity, apart = [], ParityReport(), Mismatch()
+        others: dict[str, list[torch.Tensor]] = {name: [] for name in self._frozen}
         for microbatch in batch.microbatches:
             microbatch = to_device(microbatch, self._accelerator.device)
             trace = router.RouterTrace()
@@ -174,15 +177,13 @@ class Learner:
             ):
                 logprobs_RW, _ = self._logprobs(self._model, microbatch, temperature)
             ours.append(logprobs_RW.cpu())
-            if self._reference is not None:
-                references.append(self._logprobs(self._reference, microbatch, temperature)[0].cpu())
+            for name, model in self._frozen.items():
+                others[name].append(self._logprobs(model, microbatch, temperature)[0].cpu())
             found = self._compare(microbatch, logprobs_RW, trace, samples, near_tie_margin)
             parity, apart = parity + found[0], apart + found[1]
+        found_of = {name: unpack(values, batch, samples) for name, values in others.items()}
         return Scores(
-            unpack(ours, batch, samples),
-            unpack(references, batch, samples) if references else {},
-            parity,
-            apart,
+            unpack(ours, batch, samples), found_of.get("reference", {}), parity, apart, found_of.get("teacher", {})
         )
 
     def _compare(
@@ -262,8 +263,7 @@ class Learner:
 
     def renew_reference(self) -> None:
         """The policy as it is becomes the reference."""
-        assert self._reference is not None
-        self._reference.load_state_dict(self._model.state_dict())
+        self._frozen["reference"].load_state_dict(self._model.state_dict())
 
     def drop_gradients(self) -> None:
         """Forget what `forward_backward` has accumulated."""
@@ -273,6 +273,9 @@ class Learner:
     def gradients(self) -> dict[str, torch.Tensor]:
         """The accumulated gradient by parameter name (copies), for inspection."""
         return {name: p.grad.clone() for name, p in self._model.named_parameters() if p.grad is not None}
+
+    def _load_frozen(self, path: str) -> Any:
+        return self._load(self._section, path).requires_grad_(False).eval().to(self._accelerator.device)
 
     def _load(self, model: ModelSection, path: str) -> Any:
         # The learner's own weights are float32: a bfloat16 weight would swallow small updates.

@@ -163,7 +163,16 @@ def _check(index: int, sample: Sample, row_length: int) -> None:
             f"sample {index} has {_length(sample)} tokens and a row holds row_length={row_length}; raise row_length to "
             f"{_length(sample)} or lower max_completion_length"
         )
-    for name in ("sampler_logprobs", "old_logprobs", "ref_logprobs", "advantage", "values", "returns", "trained"):
+    for name in (
+        "sampler_logprobs",
+        "old_logprobs",
+        "ref_logprobs",
+        "teacher_logprobs",
+        "advantage",
+        "values",
+        "returns",
+        "trained",
+    ):
         values = getattr(sample, name)
         if isinstance(values, tuple) and len(values) != len(sample.completion_ids):
             raise ValueError(

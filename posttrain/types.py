@@ -159,6 +159,7 @@ class Sample:
     old_logprobs: tuple[float, ...] | None = None  # [T_completion], the learner's own before the first minibatch
     ref_logprobs: tuple[float, ...] | None = None  # [T_completion], the reference policy's
     candidates_TC: np.ndarray | None = None  # see Completion.candidates_TC
+    teacher_logprobs: tuple[float, ...] | None = None  # [T_completion], the teacher's
     values: tuple[float, ...] | None = None  # [T_completion], the critic's before the first minibatch
     returns: tuple[float, ...] | None = None  # [T_completion], what the critic is to learn
     stale_tokens: int = 0  # the first so many were sampled by an earlier version of the policy, or from its cache
