@@ -166,6 +166,7 @@ class LearnerSection(Section):
     row_length: PositiveInt = 256  # tokens of a packed row
     max_tokens_per_microbatch: PositiveInt = 4096
     gradient_checkpointing: bool = False
+    logits_chunk: PositiveInt | None = 1024  # positions whose logits are in memory together; None: all
 
     @model_validator(mode="after")
     def _row_fits(self) -> LearnerSection:

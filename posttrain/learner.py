@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from posttrain import losses
 from posttrain.errors import RunStopped
 from posttrain.metrics import Metric
 from posttrain.model import load, mtp, router
 from posttrain.model.balance import RouterBalance
 from posttrain.model.replay import replay_routing
+from posttrain.model.token_scorer import TokenScorer
 from posttrain.objective import denominator, objective
 from posttrain.optimizer import decay_groups, schedule
 from posttrain.packing import to_device, unpack
@@ -84,7 +84,9 @@ class Learner:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
         # Models that only score: what is sampled is compared with them.
         paths = {"reference": reference_path, "teacher": teacher_path}
-        self._frozen = {name: self._load_frozen(path) for name, path in paths.items() if path is not None}
+        self._frozen = {
+            name: self._load_frozen(path, learner.logits_chunk) for name, path in paths.items() if path is not None
+        }
         self._routers = router.find_routers(self._model)
         self._router_section = router_section
         self._balance = RouterBalance(self._routers, router_section)
@@ -98,7 +100,8 @@ class Learner:
         self._max_grad_norm = optimizer.max_grad_norm
         # Dropout is off in every policy trained here, so one mode serves training and scoring.
         self._model.train()
-        self._wrapped, self._optimizer = self._accelerator.prepare(self._model, raw_optimizer)
+        self._scorer = TokenScorer(self._model, learner.logits_chunk)
+        self._wrapped, self._optimizer = self._accelerator.prepare(self._scorer, raw_optimizer)
 
     @property
     def rank(self) -> int:
@@ -175,7 +178,7 @@ class Learner:
                 replay_routing(self._routers, self._replayed(microbatch), trace),
                 router.record_routing(self._routers, trace),
             ):
-                logprobs_RW, _ = self._logprobs(self._model, microbatch, temperature)
+                logprobs_RW, _ = self._logprobs(self._scorer, microbatch, temperature)
             ours.append(logprobs_RW.cpu())
             for name, model in self._frozen.items():
                 others[name].append(self._logprobs(model, microbatch, temperature)[0].cpu())
@@ -219,17 +222,15 @@ class Learner:
     def _logprobs(
         self, model: Any, microbatch: Microbatch, temperature: float | None = None, *, entropy_gradient: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # No attention mask: transformers then keeps packed samples apart by their position ids.
-        logits_RWV = model(
-            input_ids=microbatch.input_ids_RW, position_ids=microbatch.position_ids_RW, use_cache=False
-        ).logits
-        return losses.token_logprobs(
-            logits_RWV,
+        found: tuple[torch.Tensor, torch.Tensor] = model(
             microbatch.input_ids_RW,
+            microbatch.position_ids_RW,
+            microbatch.loss_mask_RW,
             temperature or self._temperature,
-            entropy_gradient=entropy_gradient,
             candidates_RWC=microbatch.candidates_RWC,
+            entropy_gradient=entropy_gradient,
         )
+        return found
 
     # --- weights and state ----------------------------------------------------------------------------------------
 
@@ -263,7 +264,7 @@ class Learner:
 
     def renew_reference(self) -> None:
         """The policy as it is becomes the reference."""
-        self._frozen["reference"].load_state_dict(self._model.state_dict())
+        self._frozen["reference"].model.load_state_dict(self._model.state_dict())
 
     def drop_gradients(self) -> None:
         """Forget what `forward_backward` has accumulated."""
@@ -274,8 +275,9 @@ class Learner:
         """The accumulated gradient by parameter name (copies), for inspection."""
         return {name: p.grad.clone() for name, p in self._model.named_parameters() if p.grad is not None}
 
-    def _load_frozen(self, path: str) -> Any:
-        return self._load(self._section, path).requires_grad_(False).eval().to(self._accelerator.device)
+    def _load_frozen(self, path: str, logits_chunk: int | None) -> TokenScorer:
+        model = self._load(self._section, path).requires_grad_(False).eval().to(self._accelerator.device)
+        return TokenScorer(model, logits_chunk)
 
     def _load(self, model: ModelSection, path: str) -> Any:
         # The learner's own weights are float32: a bfloat16 weight would swallow small updates.

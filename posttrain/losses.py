@@ -65,24 +65,47 @@ def token_logprobs(
     for logits_CV, targets_C in zip(
         logits_RWV.reshape(R * W, V).split(_CHUNK_TOKENS), targets_N.split(_CHUNK_TOKENS), strict=True
     ):
-        scaled_CV = logits_CV.float()
-        if temperature != 1.0:
-            scaled_CV = scaled_CV / temperature
-        of_targets_C = scaled_CV.gather(1, targets_C[:, None]).squeeze(1)
-        if (allowed_CN := next(candidates)) is not None:
-            scaled_CV = _truncated(scaled_CV, allowed_CN)
-        log_normaliser_C = scaled_CV.logsumexp(dim=-1)
-        logprobs.append(of_targets_C - log_normaliser_C)
-        if entropy_gradient:
-            log_probabilities_CV = scaled_CV - log_normaliser_C[:, None]
-            # A token that cannot come (-inf) counts 0, and so does its gradient.
-            products_CV = log_probabilities_CV.exp() * log_probabilities_CV.clamp(min=_LEAST_LOGPROB)
-            entropies.append(-products_CV.sum(dim=-1))
-            continue
-        with torch.no_grad():
-            # -p ln p, which is 0 (and not NaN) at p = 0.
-            entropies.append(torch.special.entr((scaled_CV - log_normaliser_C[:, None]).exp_()).sum(dim=-1))
+        logprobs_C, entropy_C = logprobs_of(
+            logits_CV, targets_C, temperature, next(candidates), entropy_gradient=entropy_gradient
+        )
+        logprobs.append(logprobs_C)
+        entropies.append(entropy_C)
     return _shift_right(logprobs, R, W), _shift_right(entropies, R, W)
+
+
+def logprobs_of(
+    logits_CV: torch.Tensor,
+    targets_C: torch.Tensor,
+    temperature: float,
+    allowed_CN: torch.Tensor | None = None,
+    *,
+    entropy_gradient: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of the targets and entropy, float32 [C] each; as `token_logprobs`, without its shift.
+
+    Args:
+        logits_CV: of any floating type.
+        targets_C: int64.
+        temperature: above 0.
+        allowed_CN: int32, the tokens that could be sampled, -1 fills up; None, and a row of nothing else, allow all.
+        entropy_gradient: let a gradient through the entropy.
+    """
+    scaled_CV = logits_CV.float()
+    if temperature != 1.0:
+        scaled_CV = scaled_CV / temperature
+    of_targets_C = scaled_CV.gather(1, targets_C[:, None]).squeeze(1)
+    if allowed_CN is not None:
+        scaled_CV = _truncated(scaled_CV, allowed_CN)
+    log_normaliser_C = scaled_CV.logsumexp(dim=-1)
+    logprobs_C = of_targets_C - log_normaliser_C
+    if entropy_gradient:
+        log_probabilities_CV = scaled_CV - log_normaliser_C[:, None]
+        # A token that cannot come (-inf) counts 0, and so does its gradient.
+        products_CV = log_probabilities_CV.exp() * log_probabilities_CV.clamp(min=_LEAST_LOGPROB)
+        return logprobs_C, -products_CV.sum(dim=-1)
+    with torch.no_grad():
+        # -p ln p, which is 0 (and not NaN) at p = 0.
+        return logprobs_C, torch.special.entr((scaled_CV - log_normaliser_C[:, None]).exp_()).sum(dim=-1)
 
 
 def _split_candidates(candidates_RWC: torch.Tensor | None) -> Iterator[torch.Tensor | None]:

@@ -1,0 +1,123 @@
+"""Logprobs of tokens without the logits of all tokens: the trunk once, the head on what is trained, a chunk at a time.
+
+The logits of a microbatch of T tokens are T x V numbers, for a vocabulary of 129,280 half a megabyte a token and mostly of
+tokens that nothing is learnt from: prompts and padding. Here the head sees the positions that predict a trained token, and the
+backward pass computes each chunk's logits again, so that only one chunk of them is ever there.
+
+Shapes: R rows of a packed microbatch, W tokens of a row, D hidden size, V vocabulary, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from posttrain import losses
+
+
+class TokenScorer(torch.nn.Module):
+    """A causal language model that says how likely the trained tokens are.
+
+    Args:
+        model: of transformers.
+        chunk: positions whose logits are in memory together; None takes the model's own logits of all positions.
+
+    Raises:
+        ValueError: with a chunk, the model's logits are more than its head on its trunk's states.
+    """
+
+    def __init__(self, model: Any, chunk: int | None) -> None:
+        super().__init__()
+        self.model = model
+        self._chunk = chunk
+        if chunk is not None:
+            _require_plain_head(model)
+
+    def forward(
+        self,
+        input_ids_RW: torch.Tensor,
+        position_ids_RW: torch.Tensor,
+        mask_RW: torch.Tensor,
+        temperature: float,
+        *,
+        candidates_RWC: torch.Tensor | None = None,
+        entropy_gradient: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logprob of each trained token and entropy of what it was drawn from, float32 [R, W] each; see `token_logprobs`.
+
+        Args:
+            input_ids_RW: int64.
+            position_ids_RW: int64; they restart at each sample.
+            mask_RW: bool, the trained tokens. With a chunk, all others get 0.
+            temperature: above 0.
+            candidates_RWC: see `posttrain.losses.token_logprobs`.
+            entropy_gradient: let a gradient through the entropy.
+        """
+        # No attention mask: transformers then keeps packed samples apart by their position ids.
+        inputs = {"input_ids": input_ids_RW, "position_ids": position_ids_RW, "use_cache": False}
+        if self._chunk is None:
+            return losses.token_logprobs(
+                self.model(**inputs).logits,
+                input_ids_RW,
+                temperature,
+                entropy_gradient=entropy_gradient,
+                candidates_RWC=candidates_RWC,
+            )
+        hidden_RWD = _trunk(self.model)(**inputs).last_hidden_state
+        # Position w - 1 predicts token w; a row's first token is never trained.
+        places = mask_RW[:, 1:].nonzero(as_tuple=True)
+        states_ND, targets_N = hidden_RWD[:, :-1][places], input_ids_RW[:, 1:][places]
+        allowed = [None] if candidates_RWC is None else candidates_RWC[:, 1:][places].split(self._chunk)
+        found = [
+            self._of_chunk(states_CD, targets_C, allowed[min(index, len(allowed) - 1)], temperature, entropy_gradient)
+            for index, (states_CD, targets_C) in enumerate(
+                zip(states_ND.split(self._chunk), targets_N.split(self._chunk), strict=True)
+            )
+        ]
+        logprobs_RW, entropy_RW = (
+            torch.zeros(mask_RW.shape, device=mask_RW.device).masked_scatter(
+                torch.nn.functional.pad(mask_RW[:, 1:], (1, 0)), torch.cat(values)
+            )
+            for values in zip(*found, strict=True)
+        )
+        if not len(targets_N):
+            # A rank short of work takes part in the backward pass all the same.
+            logprobs_RW = logprobs_RW + 0.0 * hidden_RWD.sum() + 0.0 * self.model.get_output_embeddings().weight.sum()
+        return logprobs_RW, entropy_RW
+
+    def _of_chunk(
+        self,
+        states_CD: torch.Tensor,
+        targets_C: torch.Tensor,
+        allowed_CN: torch.Tensor | None,
+        temperature: float,
+        entropy_gradient: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        def scored(states_CD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits_CV = self.model.get_output_embeddings()(states_CD)
+            return losses.logprobs_of(logits_CV, targets_C, temperature, allowed_CN, entropy_gradient=entropy_gradient)
+
+        if not torch.is_grad_enabled():
+            return scored(states_CD)
+        found: tuple[torch.Tensor, torch.Tensor] = checkpoint(scored, states_CD, use_reentrant=False)
+        return found
+
+
+def _trunk(model: Any) -> Any:
+    return getattr(model, model.base_model_prefix)
+
+
+@torch.no_grad()
+def _require_plain_head(model: Any) -> None:
+    """Compare the model's own logits with those of trunk and head, on a few tokens."""
+    device = next(model.parameters()).device
+    ids = torch.arange(8, device=device)[None] % model.config.get_text_config().vocab_size
+    own = model(input_ids=ids, use_cache=False).logits
+    split = model.get_output_embeddings()(_trunk(model)(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.equal(own, split):
+        raise ValueError(
+            f"learner.logits_chunk: {type(model).__name__} does more to its logits than its head (they differ by "
+            f"{float((own - split).abs().max()):.1e}); set learner.logits_chunk: null, which keeps all logits in memory"
+        )
