@@ -15,7 +15,6 @@ from pydantic import Field, model_validator
 from posttrain.grpo_recipe import (
     AlgorithmSection,
     AuditSection,
-    CriticSection,
     FaultsSection,
     GrpoRecipe,
     GrpoRouterSection,
@@ -23,6 +22,7 @@ from posttrain.grpo_recipe import (
     ParitySection,
     RolloutSection,
 )
+from posttrain.grpo_sections import CriticSection, TeacherSection
 from posttrain.reward_model_recipe import (
     HeldOutSection,
     PairDatasetSection,
@@ -94,6 +94,7 @@ __all__ = [
     "SftRecipe",
     "SftRouterSection",
     "StageSection",
+    "TeacherSection",
     "TrainingSection",
     "UpcycleRecipe",
     "ValidationSection",
