@@ -2,7 +2,7 @@
 
 checkpoints/step-20/   model, tokenizer, trainer_state.pt, progress.json
 checkpoints/latest     a link to the newest whole one
-checkpoints/best       a link to the one with the lowest held-out loss, where that is measured
+checkpoints/best       a link to the one that did best on held-out data, where that is measured
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ BEST = "best"
 PROGRESS = "progress.json"
 
 
-def save(directory: Path, step: int, write: Callable[[str], None], progress: Mapping[str, Any], keep: int) -> Path:
+def save(
+    directory: Path,
+    step: int,
+    write: Callable[[str], None],
+    progress: Mapping[str, Any],
+    keep: int,
+    best: int | None = None,
+) -> Path:
     """Write a checkpoint so that a crash at any moment leaves the earlier ones whole.
 
     Args:
@@ -30,6 +37,7 @@ def save(directory: Path, step: int, write: Callable[[str], None], progress: Map
         write: puts the files into an existing directory that it is given.
         progress: JSON-able state of the loop (step, data cursor), see `load_progress`.
         keep: how many checkpoints to keep, the newest first; step 0 is not counted and stays.
+        best: as for `adopt`.
 
     Returns:
         The checkpoint's directory.
@@ -38,7 +46,7 @@ def save(directory: Path, step: int, write: Callable[[str], None], progress: Map
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write(str(partial.resolve()))
-    return adopt(partial, directory, step, progress, keep=keep)
+    return adopt(partial, directory, step, progress, keep=keep, best=best)
 
 
 def adopt(
@@ -65,8 +73,8 @@ def adopt(
         shutil.rmtree(final)
     written.rename(final)
     _link(directory, LATEST, final.name)
-    if best == step:
-        _link(directory, BEST, final.name)
+    if best is not None and (directory / f"step-{best}").is_dir():  # also where a crash came before an earlier link
+        _link(directory, BEST, f"step-{best}")
     _fsync(directory)
     # Step 0 is what the run started from: adapters, and a prediction module carried along, still need it.
     kept = {directory / "step-0", directory / f"step-{best}"}

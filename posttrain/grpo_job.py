@@ -14,6 +14,7 @@ from eval.report import write_report
 from eval.suite import EvalResult, eval_prompts, evaluate
 from posttrain import checkpoint
 from posttrain.audit import Look, RewardAudit, write_look
+from posttrain.best import BestCheckpoint
 from posttrain.breaker import Breaker, Verdict
 from posttrain.distillation import require_same_vocabulary
 from posttrain.episode_reward import episode_scorer
@@ -56,6 +57,7 @@ class GrpoJob:
     audit: RewardAudit | None = None
     breaker: Breaker | None = None
     critic: CriticGroup | None = None
+    best: BestCheckpoint | None = None
     step: int = 0
     started: float = field(default_factory=time.perf_counter)
     last_metrics: dict[str, Metric] = field(default_factory=dict)
@@ -106,10 +108,12 @@ class GrpoJob:
         }
         look = self.audit.look(self.step, batch.groups) if self.audit else None
         metrics |= look.metrics if look else {}
+        is_best = False
         eval_steps = self.recipe.eval.eval_steps if self.recipe.eval else 0
         if eval_steps and self.step % eval_steps == 0 and self.step < self.recipe.max_steps:
             result = self.evaluate()
             assert result is not None
+            is_best = self._is_best(result)
             metrics["eval/pass_at_1"] = Metric(result.pass_at_1.value, "last")
         self.log.log(self.step, metrics)
         self.run_dir.write_samples(self.step, batch.groups, advantages)
@@ -124,8 +128,13 @@ class GrpoJob:
         # The first step is always saved: a full disk or a missing permission shows before hours are spent.
         is_due = self.step == 1 or (save_steps and self.step % save_steps == 0)
         # A checkpoint of doubtful steps would push out the one to go back to.
-        if is_due and not (self.breaker and self.breaker.is_tripped):
+        if (is_due and not (self.breaker and self.breaker.is_tripped)) or is_best:
             self.save()
+
+    def _is_best(self, result: EvalResult) -> bool:
+        """Whether the present step is to be kept for its pass@1; doubtful steps are not."""
+        doubtful = self.breaker is not None and self.breaker.is_tripped
+        return self.best is not None and not doubtful and self.best.take(self.step, result.pass_at_1.value)
 
     def _heed(self, look: Look, progress: Progress) -> None:
         """Keep what the audit found, say what alarms began, and stop if the recipe asks for that."""
@@ -180,7 +189,7 @@ class GrpoJob:
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
         self.saved_step = self.step
-        parts = {"audit": self.audit, "breaker": self.breaker}
+        parts = {"audit": self.audit, "breaker": self.breaker, "best": self.best}
         state = {
             "prompts": self.cursor or self.prompts.state(),
             **{name: part.state() for name, part in parts.items() if part is not None},
@@ -191,6 +200,7 @@ class GrpoJob:
             self._write,
             state,
             keep=self.recipe.checkpoint.save_total_limit,
+            best=self.best.step if self.best else None,
         )
 
     def _write(self, path: str) -> None:
@@ -211,7 +221,8 @@ class GrpoJob:
 
     def finish(self, before: EvalResult | None, after: EvalResult | None) -> None:
         """Save, write summary and report, and show what came of the run."""
-        if self.saved_step != self.step:
+        is_best = after is not None and self._is_best(after)
+        if self.saved_step != self.step or is_best:
             self.save()
         results = {name: r.to_dict() for name, r in (("before", before), ("after", after)) if r is not None}
         self.run_dir.write_summary(
@@ -271,6 +282,7 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
         verifier = RewardPool([recipe.audit.verifier]) if recipe.audit else None
         audit = RewardAudit(recipe.audit, verifier.score, recipe.seed) if recipe.audit and verifier else None
         breaker = Breaker(recipe.breaker) if recipe.breaker else None
+        best = BestCheckpoint() if recipe.checkpoint.keep_best else None
         learner.wait_until_ready()
         if critic is not None:
             critic.wait_until_ready()
@@ -287,7 +299,7 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
             if critic is not None:
                 critic.restore(str(found.resolve() / CRITIC))
             prompts.restore(progress["prompts"])
-            for kept, part in (("audit", audit), ("breaker", breaker)):
+            for kept, part in (("audit", audit), ("breaker", breaker), ("best", best)):
                 if part is not None and kept in progress:
                     part.restore(progress[kept])
         log = MetricsLog(run_dir.path, recipe.report_to, resume_step=step if resume else None)
@@ -307,6 +319,7 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
                 audit,
                 breaker,
                 critic,
+                best,
                 step,
                 saved_step=step,
             )

@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.algorithms import POLICY_LOSSES, expand
-from posttrain.grpo_sections import CriticSection, TeacherSection
+from posttrain.grpo_sections import CriticSection, GrpoCheckpointSection, TeacherSection
 from posttrain.sections import (
-    CheckpointSection,
     DatasetSection,
     EnvironmentSection,
     EvalSection,
@@ -254,7 +253,7 @@ class GrpoRecipe(Recipe):
     breaker: BreakerSection | None = None
     audit: AuditSection | None = None
     eval: EvalSection | None = None
-    checkpoint: CheckpointSection = CheckpointSection()
+    checkpoint: GrpoCheckpointSection = GrpoCheckpointSection()
     faults: FaultsSection = FaultsSection()
     ray_address: str | None = None  # None: the cluster of the surrounding job, else a local Ray is started
     report_to: tuple[Tracker, ...] = ()
@@ -346,6 +345,8 @@ class GrpoRecipe(Recipe):
                 f"a critic has no use with algorithm.baseline={self.algorithm.baseline}; set algorithm.baseline: critic (or "
                 f"algorithm: ppo), or remove the section"
             )
+        if self.checkpoint.keep_best and not (self.eval and self.eval.eval_steps):
+            raise ValueError("checkpoint.keep_best: nothing says which is best; add an eval section with eval_steps")
         labels = Counter(reward.label for reward in self.rewards)
         if self.environment is not None and "environment" in labels:
             raise ValueError("rewards: one is named 'environment', as the environment's own reward is; give it a name")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from posttrain.sections import NonNegative, NonNegativeInt, OptimizerSection, Positive, Section
+from posttrain.sections import CheckpointSection, NonNegative, NonNegativeInt, OptimizerSection, Positive, Section
 
 
 class CriticSection(Section):
@@ -19,3 +19,9 @@ class TeacherSection(Section):
     """A model whose logprobs the policy is drawn to on its own samples (`algorithm.distill_coef`)."""
 
     model_name_or_path: str  # with the policy's tokenizer; loaded like the policy, and not trained
+
+
+class GrpoCheckpointSection(CheckpointSection):
+    """Which checkpoints are kept."""
+
+    keep_best: bool = False  # also the one with the best eval/pass_at_1, under checkpoints/best; needs eval.eval_steps

@@ -22,7 +22,7 @@ from posttrain.grpo_recipe import (
     ParitySection,
     RolloutSection,
 )
-from posttrain.grpo_sections import CriticSection, TeacherSection
+from posttrain.grpo_sections import CriticSection, GrpoCheckpointSection, TeacherSection
 from posttrain.reward_model_recipe import (
     HeldOutSection,
     PairDatasetSection,
@@ -70,6 +70,7 @@ __all__ = [
     "EvalRecipe",
     "EvalSection",
     "FaultsSection",
+    "GrpoCheckpointSection",
     "GrpoRecipe",
     "GrpoRouterSection",
     "HeldOutSection",
