@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data.chat import render_prompt
@@ -43,14 +43,37 @@ class PromptStream:
     prompts that would have come next.
     """
 
-    def __init__(self, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-        """Raises ValueError when there is no record or two share an id."""
+    def __init__(
+        self,
+        records: Sequence[Record],
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        *,
+        is_wanted: Callable[[str], bool] | None = None,
+        by_level: bool = False,
+    ) -> None:
+        """
+        Args:
+            records: the problems.
+            tokenizer: renders them.
+            seed: of the shuffles.
+            is_wanted: asked with a record's id whenever its turn comes; others are passed over.
+            by_level: each epoch goes from the lowest `level` in the records' metadata to the highest, shuffled within one.
+
+        Raises:
+            ValueError: there is no record, two share an id, or one lacks the level that is asked for.
+        """
         if not records:
             raise ValueError("a prompt stream needs at least one record; got none")
         check_unique(records)
         self._records = tuple(records)
         self._tokenizer = tokenizer
         self._seed = seed
+        self._is_wanted = is_wanted
+        self._by_level = by_level
+        unlevelled = [record.label for record in records if by_level and "level" not in record.metadata]
+        if unlevelled:
+            raise ValueError(f"{unlevelled[0]} has no `level` to order it by; add that column, or leave the order out")
         contents = "\n".join(f"{record.id}\t{record.messages[-1]['content']}" for record in records)
         self._fingerprint = hashlib.sha256(contents.encode()).hexdigest()[:16]
         self._epoch = 0
@@ -58,7 +81,11 @@ class PromptStream:
         self._order = self._shuffled()
 
     def take(self, n: int) -> tuple[Prompt, ...]:
-        """The next `n` prompts. Within an epoch all are different; ids repeat from one epoch to the next."""
+        """The next `n` prompts. Within an epoch all are different; ids repeat from one epoch to the next.
+
+        Raises:
+            ValueError: n is negative, or no record is wanted any more.
+        """
         if n < 0:
             raise ValueError(f"cannot take {n} prompts")
         return tuple(to_prompt(self._next(), self._tokenizer) for _ in range(n))
@@ -87,6 +114,14 @@ class PromptStream:
         self._order = self._shuffled()
 
     def _next(self) -> Record:
+        # From anywhere in an epoch, twice as many records hold each of them at least once.
+        for _ in range(2 * len(self._records)):
+            record = self._advance()
+            if self._is_wanted is None or self._is_wanted(record.id):
+                return record
+        raise ValueError(f"none of the {len(self._records)} records is wanted any more")
+
+    def _advance(self) -> Record:
         if self._position == len(self._records):
             self._epoch, self._position = self._epoch + 1, 0
             self._order = self._shuffled()
@@ -97,4 +132,6 @@ class PromptStream:
     def _shuffled(self) -> list[int]:
         order = list(range(len(self._records)))
         random.Random(f"{self._seed}/{self._epoch}").shuffle(order)
+        if self._by_level:
+            order.sort(key=lambda index: self._records[index].metadata["level"])
         return order

@@ -115,10 +115,14 @@ class Critic:
                 f"the critic's gradient norm is {grad_norm}: the step was not taken and the last checkpoint is whole; lower "
                 f"critic.optimizer.learning_rate"
             )
+        learning_rate = self._scheduler.get_last_lr()[0]
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad()
-        return {"critic/grad_norm": Metric(grad_norm, "mean")}
+        return {
+            "critic/grad_norm": Metric(grad_norm, "mean"),
+            "critic/learning_rate": Metric(learning_rate, "last"),
+        }
 
     def save(self, path: str | Path) -> None:
         """Write the critic, as a sequence classifier, and its training state into an existing directory; rank 0 only."""

@@ -51,7 +51,7 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
     """The loop, from the step the job stands at to the last."""
     recipe = job.recipe
     source = Source(
-        job.prompts.take,
+        job.take_prompts,
         job.generate,
         job.score_rewards,
         num_prompts=recipe.rollout.num_prompts,

@@ -16,6 +16,7 @@ from posttrain import checkpoint
 from posttrain.audit import Look, RewardAudit, write_look
 from posttrain.best import BestCheckpoint
 from posttrain.breaker import Breaker, Verdict
+from posttrain.curriculum import PassRates
 from posttrain.distillation import require_same_vocabulary
 from posttrain.episode_reward import episode_scorer
 from posttrain.episodes import episodes
@@ -28,7 +29,7 @@ from posttrain.recipe_file import dump_recipe
 from posttrain.records import load_records
 from posttrain.rollout import Generate, Rollout, Score
 from posttrain.run_dir import RunDir
-from posttrain.types import SamplingParams
+from posttrain.types import Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from posttrain.cluster import CriticGroup, LearnerGroup, SamplerPool
@@ -58,6 +59,7 @@ class GrpoJob:
     breaker: Breaker | None = None
     critic: CriticGroup | None = None
     best: BestCheckpoint | None = None
+    rates: PassRates | None = None
     step: int = 0
     started: float = field(default_factory=time.perf_counter)
     last_metrics: dict[str, Metric] = field(default_factory=dict)
@@ -79,6 +81,20 @@ class GrpoJob:
             top_k=drawn.top_k,
             num_generations=drawn.num_generations,
         )
+
+    def take_prompts(self, n: int) -> Sequence[Prompt]:
+        """The next prompts of the data.
+
+        Raises:
+            RunStopped: the curriculum leaves out everything.
+        """
+        try:
+            return self.prompts.take(n)
+        except ValueError as error:
+            raise RunStopped(
+                f"{error}: the curriculum leaves out every prompt; widen curriculum.min_pass_rate and max_pass_rate, set "
+                f"retry_steps, or give other datasets, and go on with --resume"
+            ) from error
 
     def end_step(
         self,
@@ -106,6 +122,9 @@ class GrpoJob:
             "throughput/samples_per_second": Metric(samples / seconds["time/step"], "mean"),
             "throughput/tokens_per_second": Metric(tokens / seconds["time/step"], "mean"),
         }
+        if self.rates is not None:
+            self.rates.observe(batch.sampled, self.step)
+            metrics |= self.rates.metrics()
         look = self.audit.look(self.step, batch.groups) if self.audit else None
         metrics |= look.metrics if look else {}
         is_best = False
@@ -189,7 +208,7 @@ class GrpoJob:
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
         self.saved_step = self.step
-        parts = {"audit": self.audit, "breaker": self.breaker, "best": self.best}
+        parts = {"audit": self.audit, "breaker": self.breaker, "best": self.best, "curriculum": self.rates}
         state = {
             "prompts": self.cursor or self.prompts.state(),
             **{name: part.state() for name, part in parts.items() if part is not None},
@@ -270,7 +289,14 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
     if recipe.teacher is not None:
         of_teacher = load_tokenizer(recipe.teacher.model_name_or_path, trust_remote_code=model.trust_remote_code)
         require_same_vocabulary(tokenizer, of_teacher, recipe.teacher.model_name_or_path)
-    prompts = PromptStream(load_records(recipe.datasets, "train", recipe.seed), tokenizer, recipe.seed)
+    rates = PassRates(recipe.curriculum) if recipe.curriculum else None
+    prompts = PromptStream(
+        load_records(recipe.datasets, "train", recipe.seed),
+        tokenizer,
+        recipe.seed,
+        is_wanted=rates.is_wanted if rates else None,
+        by_level=recipe.curriculum is not None and recipe.curriculum.order == "level",
+    )
     with session(recipe.ray_address, _cpus(recipe)), ExitStack() as stack:
         samplers = SamplerPool(model, recipe.sampler, recipe.seed, faults=recipe.faults, rollout=recipe.rollout)
         learner = _learner(recipe, model, _reference(recipe, run_dir, found))
@@ -299,7 +325,7 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
             if critic is not None:
                 critic.restore(str(found.resolve() / CRITIC))
             prompts.restore(progress["prompts"])
-            for kept, part in (("audit", audit), ("breaker", breaker), ("best", best)):
+            for kept, part in (("audit", audit), ("breaker", breaker), ("best", best), ("curriculum", rates)):
                 if part is not None and kept in progress:
                     part.restore(progress[kept])
         log = MetricsLog(run_dir.path, recipe.report_to, resume_step=step if resume else None)
@@ -320,6 +346,7 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
                 breaker,
                 critic,
                 best,
+                rates,
                 step,
                 saved_step=step,
             )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.algorithms import POLICY_LOSSES, expand
-from posttrain.grpo_sections import CriticSection, GrpoCheckpointSection, TeacherSection
+from posttrain.grpo_sections import CriticSection, CurriculumSection, GrpoCheckpointSection, TeacherSection
 from posttrain.sections import (
     DatasetSection,
     EnvironmentSection,
@@ -245,6 +245,7 @@ class GrpoRecipe(Recipe):
     algorithm: AlgorithmSection = AlgorithmSection()
     optimizer: OptimizerSection = OptimizerSection()
     router: GrpoRouterSection = GrpoRouterSection()
+    curriculum: CurriculumSection | None = None
     learner: LearnerSection = LearnerSection()
     sampler: SamplerSection = SamplerSection()
     parity: ParitySection = ParitySection()
@@ -350,6 +351,11 @@ class GrpoRecipe(Recipe):
         labels = Counter(reward.label for reward in self.rewards)
         if self.environment is not None and "environment" in labels:
             raise ValueError("rewards: one is named 'environment', as the environment's own reward is; give it a name")
+        known = (*labels, *(["environment"] if self.environment is not None else []))
+        if self.curriculum is not None and self.curriculum.reward not in (None, *known):
+            raise ValueError(
+                f"curriculum.reward={self.curriculum.reward!r} is none of the rewards; choose one of {', '.join(known)}"
+            )
         twice = [label for label, count in labels.items() if count > 1]
         if twice:
             raise ValueError(f"rewards: {labels[twice[0]]} are named {twice[0]!r}; give each its own name")

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from posttrain.sections import CheckpointSection, NonNegative, NonNegativeInt, OptimizerSection, Positive, Section
+from typing import Literal
+
+from pydantic import model_validator
+
+from posttrain.sections import (
+    CheckpointSection,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Number,
+    OptimizerSection,
+    Positive,
+    PositiveInt,
+    Section,
+)
 
 
 class CriticSection(Section):
@@ -25,3 +39,30 @@ class GrpoCheckpointSection(CheckpointSection):
     """Which checkpoints are kept."""
 
     keep_best: bool = False  # also the one with the best eval/pass_at_1, under checkpoints/best; needs eval.eval_steps
+
+
+class CurriculumSection(Section):
+    """Which prompts are sampled from, by how often the run itself has solved them (see posttrain/curriculum.py)."""
+
+    reward: str | None = None  # whose score says whether a completion passes; None: the combined reward
+    pass_score: Number = 1.0  # from which score on it passes
+    min_pass_rate: Fraction = 0.0  # measured prompts below it are left out
+    max_pass_rate: Fraction = 1.0  # measured prompts above it are left out
+    min_completions: PositiveInt = 1  # of a prompt, before it may be left out
+    retry_steps: NonNegativeInt = 0  # so many steps after its last measurement a prompt comes again; 0: never
+    order: Literal["shuffled", "level"] = (
+        "shuffled"  # level: each epoch from the lowest `level` of the data to the highest
+    )
+
+    @model_validator(mode="after")
+    def _does_something(self) -> CurriculumSection:
+        if self.min_pass_rate > self.max_pass_rate:
+            raise ValueError(
+                f"min_pass_rate={self.min_pass_rate:g} exceeds max_pass_rate={self.max_pass_rate:g}; lower it"
+            )
+        if self.order == "shuffled" and self.min_pass_rate == 0 and self.max_pass_rate == 1:
+            raise ValueError(
+                "a curriculum that leaves nothing out and keeps the order does nothing; set min_pass_rate, max_pass_rate or "
+                "order, or remove it"
+            )
+        return self

@@ -13,6 +13,7 @@ from typing import Any
 from posttrain.recipe import (
     BuildSection,
     CheckpointSection,
+    CriticSection,
     DatasetSection,
     EnvironmentSection,
     EvalRecipe,
@@ -46,7 +47,7 @@ def describe(recipe: Recipe) -> str:
         lines += _model(recipe.model) + _trained(recipe.router) + _data(recipe.datasets) + _grpo(recipe)
         lines += _eval(recipe.eval, recipe.environment)
         lines += _checkpoints(recipe.checkpoint, first="after the first step, ")
-        lines += _memory(recipe.model, recipe.sampler, trains=True, beta=recipe.algorithm.beta)
+        lines += _memory(recipe.model, recipe.sampler, trains=True, beta=recipe.algorithm.beta) + _beside(recipe)
     elif isinstance(recipe, SftRecipe):
         lines += _model(recipe.model) + _sft_trained(recipe) + _data(recipe.datasets) + _sft(recipe)
         lines += _eval(recipe.eval) + _checkpoints(recipe.checkpoint)
@@ -248,6 +249,23 @@ def _memory(model: ModelSection, sampler: SamplerSection | None, *, trains: bool
         )
     lines.append("on top of it: activations, and 1 to 2 GB of runtime a process")
     return [f"memory      {lines[0]}", *(f"            {line}" for line in lines[1:])]
+
+
+def _beside(recipe: GrpoRecipe) -> list[str]:
+    """Memory of a critic and of a teacher."""
+    lines = []
+    section = (recipe.critic or CriticSection()) if recipe.algorithm.baseline == "critic" else None
+    critic = section and recipe.model.model_copy(
+        update={"model_name_or_path": section.model_name_or_path or recipe.model.model_name_or_path}
+    )
+    if critic and (count := _parameters(critic)):
+        lines.append(f"            each critic {_size(count * 16)}: as a learner")
+    teacher = recipe.teacher and recipe.model.model_copy(
+        update={"model_name_or_path": recipe.teacher.model_name_or_path}
+    )
+    if teacher and (count := _parameters(teacher)):
+        lines.append(f"            its teacher {_size(count * 4)} in each learner: float32 weights")
+    return lines
 
 
 def _size(num_bytes: int) -> str:

@@ -22,7 +22,7 @@ from posttrain.grpo_recipe import (
     ParitySection,
     RolloutSection,
 )
-from posttrain.grpo_sections import CriticSection, GrpoCheckpointSection, TeacherSection
+from posttrain.grpo_sections import CriticSection, CurriculumSection, GrpoCheckpointSection, TeacherSection
 from posttrain.reward_model_recipe import (
     HeldOutSection,
     PairDatasetSection,
@@ -64,6 +64,7 @@ __all__ = [
     "BuildSection",
     "CheckpointSection",
     "CriticSection",
+    "CurriculumSection",
     "DatasetSection",
     "DecontaminationSection",
     "EnvironmentSection",

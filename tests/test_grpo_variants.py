@@ -1,0 +1,60 @@
+"""PPO with a critic and on-policy distillation as a user runs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from stage_commands import metrics, run
+from test_stages import GRPO, REWARD
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, policy_path: Path) -> Path:
+    (tmp_path / "reward.py").write_text(REWARD)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(GRPO % (policy_path, tmp_path / "reward.py"))
+    return file
+
+
+def test_ppo_warms_its_critic_up_and_resumes_with_it_and_the_best_checkpoint(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    keys = (
+        "rollout={num_prompts: 8, num_generations: 1, max_completion_length: 16}",
+        "algorithm={preset: ppo, num_minibatches: 2}",
+        "critic={warmup_steps: 1, optimizer: {learning_rate: 1.0e-3, lr_scheduler_type: linear, warmup_steps: 100}}",
+        "eval={datasets: [{task: letter_counting, levels: [1], size: 4}], max_completion_length: 16, greedy: false, "
+        "eval_steps: 1}",
+        "checkpoint={save_steps: 1, save_total_limit: 1, keep_best: true}",
+        "curriculum={order: level, max_pass_rate: 0.5}",
+    )
+    code, output = run("posttrain.grpo", str(recipe), f"output_dir={out}", *keys, "max_steps=2")
+    assert code == 0, output
+    code, output = run("posttrain.grpo", str(recipe), f"output_dir={out}", *keys, "max_steps=3", "--resume")
+    assert code == 0, output
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert "policy/loss" not in lines[0] and "policy/loss" in lines[1]
+    for line in lines:
+        assert line["critic/value_loss"] > 0 and line["critic/explained_variance"] <= 1
+        assert {"critic/clip_fraction", "critic/value_mean", "critic/grad_norm"} <= line.keys()
+    # Prompts are measured in every step, and what was measured before resuming still counts.
+    assert [line["curriculum/measured"] for line in lines] == [8, 16, 24]
+    # The critic's schedule goes on where it was: its sixth step is taken in the third step of the run.
+    assert [line["critic/learning_rate"] for line in lines] == pytest.approx([1e-5, 3e-5, 5e-5])
+    # A policy with random weights is never right: the first checkpoint that was measured stays the best.
+    assert (out / "checkpoints" / "best").resolve().name == "step-1"
+    assert (out / "checkpoints" / "latest").resolve().name == "step-3"
+    assert (out / "checkpoints" / "latest" / "critic" / "model.safetensors").exists()
+
+
+def test_distillation_measures_how_far_the_teacher_is(recipe: Path, tmp_path: Path, policy_path: Path) -> None:
+    """The policy is its own teacher, until the reward beside it has moved it."""
+    out = tmp_path / "run"
+    keys = ("algorithm={preset: on_policy_distillation, num_minibatches: 1}", "max_steps=2")
+    code, output = run(
+        "posttrain.grpo", str(recipe), f"output_dir={out}", *keys, f"teacher={{model_name_or_path: {policy_path}}}"
+    )
+    assert code == 0, output
+    distances = [abs(line["policy/kl_teacher"]) for line in metrics(out)]
+    assert distances[0] < 1e-6 < distances[1]
