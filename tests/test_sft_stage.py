@@ -56,7 +56,7 @@ def test_killed_at_random_moments_the_weights_are_the_same_to_the_bit(
     print(f"kill times drawn with seed {seed}")
     rng = random.Random(seed)
     kills = 0
-    for _ in range(1 if streaming else 3):
+    for _ in range(1 if streaming else 2):
         resume = ["--resume"] if any((broken / "checkpoints").glob("step-*[0-9]")) and kills else []
         command = Command(*words, f"output_dir={broken}", *resume)
         steps = len(metrics(broken)) if resume else 0
