@@ -30,6 +30,7 @@ class _State:
     """An episode under way."""
 
     prompt: Prompt
+    number: int  # among the episodes of its prompt
     room: int  # tokens that may follow the prompt
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -52,7 +53,9 @@ class _State:
 
     def so_far(self) -> Prompt:
         """The prompt of the next turn."""
-        return replace(self.prompt, token_ids=(*self.prompt.token_ids, *self.token_ids))
+        # A name of its own: where completions have seeds, the episodes of a prompt must not all go the same way.
+        name = f"{self.prompt.id}/{self.number}/{self.num_turns}"
+        return replace(self.prompt, id=name, token_ids=(*self.prompt.token_ids, *self.token_ids))
 
     def fail(self, failure: Failure) -> None:
         self.status, self.detail, self.is_over = failure.status, failure.detail, True
@@ -176,9 +179,9 @@ class EpisodeSampler:
             For each prompt, in order, its episodes.
         """
         states = [
-            _State(prompt, min(params.max_completion_length, self._max_model_len - len(prompt.token_ids) - 1))
+            _State(prompt, number, min(params.max_completion_length, self._max_model_len - len(prompt.token_ids) - 1))
             for prompt in prompts
-            for _ in range(params.num_generations)
+            for number in range(params.num_generations)
         ]
         with self._pool.session([state.prompt for state in states]) as environments:
             for state, reset in zip(states, environments.resets, strict=True):

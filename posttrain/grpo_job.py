@@ -80,6 +80,7 @@ class GrpoJob:
             top_p=drawn.top_p,
             top_k=drawn.top_k,
             num_generations=drawn.num_generations,
+            seed=self.recipe.seed if drawn.request_seeds else None,
         )
 
     def take_prompts(self, n: int) -> Sequence[Prompt]:

@@ -41,6 +41,7 @@ class RolloutSection(Section):
     temperature: Annotated[Number, Field(gt=0)] = 1.0
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0  # below 1 top_k is needed too
     top_k: NonNegativeInt = 0  # 0 keeps the whole vocabulary
+    request_seeds: bool = False  # completions depend on seed, prompt and policy version alone: resuming repeats them
     max_lag: NonNegativeInt = 0  # versions that samples may be older than the policy that trains on them
     in_flight_updates: bool = False  # publish while samplers generate; their completions go on with the new weights
     cache_on_update: Literal["keep", "recompute"] = "keep"  # keys and values of what is being generated then

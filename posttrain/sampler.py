@@ -12,6 +12,7 @@ them between two tokens.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -149,7 +150,10 @@ class Sampler:
                 logprobs=params.top_k if params.is_truncated else 0,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            for _ in range(params.num_generations):
+            for number in range(params.num_generations):
+                if params.seed is not None:
+                    drawn = drawn.clone()
+                    drawn.seed = request_seed(params.seed, prompt.id, self.version, number)
                 requests[self._loop.add(prompt.token_ids, drawn)] = index
         finished = self._loop.wait(list(requests))
         self._speculation = [_speculation(finished[request_id].outputs[0]) for request_id in requests]
@@ -232,6 +236,12 @@ class Sampler:
 
     def _rpc(self, method: str, *args: Any) -> Any:
         return self._llm.collective_rpc(method, args=args)[0]
+
+
+def request_seed(seed: int, prompt_id: str, version: int, number: int) -> int:
+    """Of one completion of a prompt: the same on every machine, 0 to 2^63 - 1."""
+    digest = hashlib.sha256(f"{seed}/{prompt_id}/{version}/{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def require_exact(params: SamplingParams, speculative_tokens: int, *, on_cpu: bool) -> None:

@@ -52,6 +52,9 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0  # 0 keeps the whole vocabulary
     num_generations: int = 1  # completions per prompt
+    seed: int | None = (
+        None  # with one, a prompt's completions depend on nothing but it, the prompt's id and the policy version
+    )
 
     @property
     def is_truncated(self) -> bool:

@@ -86,6 +86,11 @@ def test_truncated_sampling_is_scored_as_it_was_sampled(policy_path: Path) -> No
         """
 params = SamplingParams(24, temperature=0.7, top_p=0.8, top_k=8, num_generations=4)
 completions = sampler.generate([Prompt("a", (), ids[:9])], params)[0]
+seeded = SamplingParams(12, num_generations=3, seed=5)
+alone = sampler.generate([Prompt("b", (), ids[:9])], seeded)[0]
+beside = sampler.generate([Prompt("a", (), ids[:9]), Prompt("b", (), ids[:9])], seeded)
+assert [c.token_ids for c in alone] == [c.token_ids for c in beside[1]] != [c.token_ids for c in beside[0]]
+assert len({c.token_ids for c in alone}) == 3
 print(json.dumps({
     "with": max(gap(policy, ids[:9], c, temperature=0.7, candidates=c.candidates_TC) for c in completions),
     "without": max(gap(policy, ids[:9], c, temperature=0.7) for c in completions),
