@@ -1,6 +1,6 @@
 """Samples per second of GRPO: this project's loop beside TRL's GRPOTrainer.
 
-    python benchmarks/grpo.py [--model CHECKPOINT] [--steps 24] [--quick] [--variants ours lag trl trl-vllm]
+    python benchmarks/grpo.py [--model CHECKPOINT] [--steps 24] [--quick] [--levels 2 3] [--length 48]
 
 All train the same tiny DeepSeek-V3 from the same checkpoint (that of the quickstart's SFT, which `make quickstart` writes) on
 the same prompts with the same reward: as many prompts, completions per prompt, tokens per completion and optimizer steps per
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +36,33 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
-PROMPTS, GENERATIONS, LENGTH, MINIBATCHES, LEARNING_RATE = 16, 8, 48, 2, 1e-4
-LEVELS, SIZE, WARMUP = (2, 3), 8000, 2
+PROMPTS, GENERATIONS, MINIBATCHES, LEARNING_RATE = 16, 8, 2, 1e-4
+SIZE, WARMUP = 8000, 2
 THREADS = 2
 
 
-def recipe(model: str, steps: int, *, lag: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Setting:
+    """What all variants share."""
+
+    model: str
+    steps: int
+    levels: tuple[int, ...]  # of the problems
+    length: int  # longest completion, tokens
+
+
+def recipe(setting: Setting, *, lag: int) -> dict[str, Any]:
     threads = 1 if lag else THREADS
     return {
         "stage": "grpo",
-        "max_steps": steps,
-        "model": {"model_name_or_path": model},
-        "datasets": [{"task": "letter_counting", "levels": list(LEVELS), "size": SIZE}],
+        "max_steps": setting.steps,
+        "model": {"model_name_or_path": setting.model},
+        "datasets": [{"task": "letter_counting", "levels": list(setting.levels), "size": SIZE}],
         "rewards": [{"func": "rewards.task_answer:score", "name": "accuracy"}],
         "rollout": {
             "num_prompts": PROMPTS,
             "num_generations": GENERATIONS,
-            "max_completion_length": LENGTH,
+            "max_completion_length": setting.length,
             "max_lag": lag,
         },
         "algorithm": {
@@ -61,15 +72,15 @@ def recipe(model: str, steps: int, *, lag: int) -> dict[str, Any]:
             "old_policy": "sampler" if lag else "learner",
         },
         "optimizer": {"learning_rate": LEARNING_RATE, "adam_beta2": 0.999},
-        "sampler": {"num_threads": threads},
-        "learner": {"num_threads": threads},
+        "sampler": {"num_threads": threads, "max_model_len": setting.length + 64},
+        "learner": {"num_threads": threads, "row_length": max(256, setting.length + 64)},
     }
 
 
-def ours(model: str, steps: int, out: Path, *, lag: int = 0) -> list[dict[str, float]]:
+def ours(setting: Setting, out: Path, *, lag: int = 0) -> list[dict[str, float]]:
     """Run the stage as a user does, and read its metrics."""
     file = out / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe(model, steps, lag=lag)))
+    file.write_text(yaml.safe_dump(recipe(setting, lag=lag)))
     run = out / "run"
     command = [sys.executable, "-m", "posttrain.grpo", str(file), f"output_dir={run}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -88,7 +99,7 @@ def ours(model: str, steps: int, out: Path, *, lag: int = 0) -> list[dict[str, f
     ]
 
 
-def trl(model: str, steps: int, out: Path, *, vllm: bool = False) -> list[dict[str, float]]:
+def trl(setting: Setting, out: Path, *, vllm: bool = False) -> list[dict[str, float]]:
     """TRL's trainer in this process."""
     import torch
     from datasets import Dataset
@@ -101,11 +112,11 @@ def trl(model: str, steps: int, out: Path, *, vllm: bool = False) -> list[dict[s
     from rewards.task_answer import score
 
     torch.set_num_threads(THREADS)
-    records = load_records([DatasetSection(task="letter_counting", levels=LEVELS, size=SIZE)], "train", 0)
+    records = load_records([DatasetSection(task="letter_counting", levels=setting.levels, size=SIZE)], "train", 0)
     rows = [{"prompt": list(r.messages), "answer": r.answer, "task": r.metadata["task"]} for r in records]
     steps_done: list[dict[str, float]] = []
     current = {"samples": 0.0, "tokens": 0.0, "right": 0.0}
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(setting.model)
 
     def accuracy(
         completions: list[Any], answer: list[str], task: list[str], completion_ids: Any, **_: Any
@@ -139,11 +150,11 @@ def trl(model: str, steps: int, out: Path, *, vllm: bool = False) -> list[dict[s
 
     settings = GRPOConfig(
         output_dir=str(out),
-        max_steps=steps * MINIBATCHES,
+        max_steps=setting.steps * MINIBATCHES,
         per_device_train_batch_size=PROMPTS * GENERATIONS // MINIBATCHES,
         steps_per_generation=MINIBATCHES,
         num_generations=GENERATIONS,
-        max_completion_length=LENGTH,
+        max_completion_length=setting.length,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         adam_beta2=0.999,
@@ -160,7 +171,7 @@ def trl(model: str, steps: int, out: Path, *, vllm: bool = False) -> list[dict[s
         use_vllm=vllm,
         **({"vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3} if vllm else {}),
     )
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    policy = AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32)
     trainer = GRPOTrainer(
         model=policy,
         reward_funcs=accuracy,
@@ -175,17 +186,28 @@ def trl(model: str, steps: int, out: Path, *, vllm: bool = False) -> list[dict[s
 
 
 VARIANTS = {
-    "ours": lambda model, steps, out: ours(model, steps, out),
-    "lag": lambda model, steps, out: ours(model, steps, out, lag=1),
-    "trl": lambda model, steps, out: trl(model, steps, out),
-    "trl-vllm": lambda model, steps, out: trl(model, steps, out, vllm=True),
+    "ours": lambda setting, out: ours(setting, out),
+    "lag": lambda setting, out: ours(setting, out, lag=1),
+    "trl": lambda setting, out: trl(setting, out),
+    "trl-vllm": lambda setting, out: trl(setting, out, vllm=True),
 }
 
 
-def measured(variant: str, model: str, steps: int) -> dict[str, Any]:
+def measured(variant: str, setting: Setting) -> dict[str, Any]:
     """Run a variant in a process of its own and watch the memory of all its processes."""
     # -P: a file of this directory would hide the package of its name.
-    command = [sys.executable, "-P", __file__, "--run", variant, "--model", model, "--steps", str(steps)]
+    command = [
+        sys.executable,
+        "-P",
+        __file__,
+        "--run",
+        variant,
+        "--model",
+        setting.model,
+        "--steps",
+        str(setting.steps),
+    ]
+    command += ["--length", str(setting.length), "--levels", *map(str, setting.levels)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
@@ -260,6 +282,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="runs/quickstart/sft/checkpoints/latest")
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument(
+        "--levels", nargs="+", type=int, default=[2, 3], help="of the problems; mixed ones vary in length"
+    )
+    parser.add_argument("--length", type=int, default=48, help="longest completion, tokens")
     parser.add_argument("--quick", action="store_true", help="5 steps: does it run at all")
     parser.add_argument("--accuracy", type=float, default=0.75, help="what seconds_to_accuracy means")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
@@ -268,13 +294,13 @@ def main() -> int:
     if not (Path(options.model) / "config.json").exists():
         parser.error(f"{options.model} is no checkpoint; run `make quickstart` first, or give --model")
     model = str(Path(options.model).resolve())
+    setting = Setting(model, 5 if options.quick else options.steps, tuple(options.levels), options.length)
     if options.run:
         with tempfile.TemporaryDirectory() as out:
-            steps = VARIANTS[options.run](model, options.steps, Path(out))
+            steps = VARIANTS[options.run](setting, Path(out))
         print(json.dumps(steps))
         return 0
-    steps = 5 if options.quick else options.steps
-    found = {variant: summary(measured(variant, model, steps), options.accuracy) for variant in options.variants}
+    found = {variant: summary(measured(variant, setting), options.accuracy) for variant in options.variants}
     table = Table(
         "variant", "samples/s", "tokens/s", "s/step", "peak GiB", f"s to {options.accuracy:.0%}", "last accuracy"
     )
