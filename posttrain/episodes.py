@@ -9,6 +9,7 @@ with a turn of the policy: what an environment says at the very end nobody has t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -167,6 +168,7 @@ class EpisodeSampler:
         self._max_turns = max_turns
         self._max_turn_length = max_turn_length
         self._max_model_len = max_model_len
+        self._busy = threading.Lock()
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
         """`params.num_generations` episodes of each prompt.
@@ -183,7 +185,8 @@ class EpisodeSampler:
             for prompt in prompts
             for number in range(params.num_generations)
         ]
-        with self._pool.session([state.prompt for state in states]) as environments:
+        # An evaluation waits while a thread that samples ahead has the environments.
+        with self._busy, self._pool.session([state.prompt for state in states]) as environments:
             for state, reset in zip(states, environments.resets, strict=True):
                 if isinstance(reset, Failure):
                     state.fail(reset)

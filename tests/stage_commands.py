@@ -14,6 +14,28 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 
+GRPO = """
+stage: grpo
+max_steps: 3
+model: {model_name_or_path: %s}
+datasets: [{task: letter_counting, levels: [1], size: 200}]
+rewards:
+  - {func: "rewards.format:score", name: format}
+  - {func: "%s:score", name: accuracy}
+rollout: {num_prompts: 4, num_generations: 4, max_completion_length: 16}
+algorithm: {num_minibatches: 2}
+optimizer: {learning_rate: 1.0e-3}
+sampler: {max_model_len: 64, num_threads: 1}
+parity: {canary_length: 32}
+learner: {row_length: 64, max_tokens_per_microbatch: 512, num_threads: 1}
+checkpoint: {save_steps: 1}
+"""
+
+# A policy with random weights is never right, so this reward gives the groups something to differ in.
+REWARD = (
+    "def score(completion, answer, **metadata):\n    return (len(completion) * 7 + completion.count('e')) % 5 / 5\n"
+)
+
 
 class Command:
     """A command in a process group of its own, with a mark by which its descendants are found."""
@@ -100,3 +122,11 @@ def transformers_logprobs(checkpoint: Path, sequences: list[list[int]]) -> list[
             logprobs_TV = torch.log_softmax(model(ids_T[None], use_cache=False).logits[0], dim=-1)
         found.append(logprobs_TV[:-1].gather(1, ids_T[1:, None])[:, 0].tolist())
     return found
+
+
+def write_grpo_recipe(directory: Path, policy_path: Path) -> Path:
+    """A recipe of three short steps with a reward of its own, in a directory. Returns the file."""
+    (directory / "reward.py").write_text(REWARD)
+    file = directory / "tiny.yaml"
+    file.write_text(GRPO % (policy_path, directory / "reward.py"))
+    return file

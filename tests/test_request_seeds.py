@@ -5,16 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from stage_commands import metrics, run
-from test_stages import GRPO, REWARD
+from stage_commands import metrics, run, write_grpo_recipe
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, policy_path: Path) -> Path:
-    (tmp_path / "reward.py").write_text(REWARD)
-    file = tmp_path / "tiny.yaml"
-    file.write_text(GRPO % (policy_path, tmp_path / "reward.py"))
-    return file
+    return write_grpo_recipe(tmp_path, policy_path)
 
 
 def test_a_resumed_run_draws_what_an_unbroken_one_draws(recipe: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as parquet
 import pytest
-from stage_commands import ROOT, Command, is_marked, metrics, run, wait_for_step
+from stage_commands import ROOT, Command, is_marked, metrics, run, wait_for_step, write_grpo_recipe
 
 CONTRACT = [
     "reward/mean",
@@ -43,35 +43,10 @@ CONTRACT = [
     "throughput/tokens_per_second",
 ]
 
-GRPO = """
-stage: grpo
-max_steps: 3
-model: {model_name_or_path: %s}
-datasets: [{task: letter_counting, levels: [1], size: 200}]
-rewards:
-  - {func: "rewards.format:score", name: format}
-  - {func: "%s:score", name: accuracy}
-rollout: {num_prompts: 4, num_generations: 4, max_completion_length: 16}
-algorithm: {num_minibatches: 2}
-optimizer: {learning_rate: 1.0e-3}
-sampler: {max_model_len: 64, num_threads: 1}
-parity: {canary_length: 32}
-learner: {row_length: 64, max_tokens_per_microbatch: 512, num_threads: 1}
-checkpoint: {save_steps: 1}
-"""
-
-# A policy with random weights is never right, so this reward gives the groups something to differ in.
-REWARD = (
-    "def score(completion, answer, **metadata):\n    return (len(completion) * 7 + completion.count('e')) % 5 / 5\n"
-)
-
 
 @pytest.fixture
 def recipe(tmp_path: Path, policy_path: Path) -> Path:
-    (tmp_path / "reward.py").write_text(REWARD)
-    file = tmp_path / "tiny.yaml"
-    file.write_text(GRPO % (policy_path, tmp_path / "reward.py"))
-    return file
+    return write_grpo_recipe(tmp_path, policy_path)
 
 
 def test_grpo_leaves_everything_the_contract_names(recipe: Path, tmp_path: Path) -> None:
