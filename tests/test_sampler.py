@@ -131,14 +131,27 @@ recompute = {recompute}
         """
 params = SamplingParams(400, num_generations=8)
 sampler.generate([Prompt("warm", (), ids[:9])], SamplingParams(4))
+models = [policy, changed(1.2), changed(1.4)]
+# The engine waits for each update at a step of its own, however fast it samples.
+engine, steps, sampled, updating = sampler._llm.llm_engine, iter(range(10**6)), threading.Semaphore(0), threading.Event()
+one_step = engine.step
+def step():
+    outputs = one_step()
+    if not updating.is_set() and next(steps) in (10, 20):
+        sampled.release()
+        while not sampler._loop._interruptions:
+            time.sleep(0.001)
+    return outputs
+engine.step = step
 result = []
 thread = threading.Thread(target=lambda: result.extend(sampler.generate([Prompt("a", (), ids[:9])], params)[0]))
 thread.start()
-models = [policy, changed(1.2), changed(1.4)]
 for version in (1, 2):
-    time.sleep(0.1)
+    assert sampled.acquire(timeout=60)
+    updating.set()
     sampler.update_weights(list(checkpoint_tensors(models[version])), version, recompute=recompute)
     assert sampler.prompt_logprobs([ids[:20]])[0][1].shape[0] == 19  # a canary, beside what is generated
+    updating.clear()
 thread.join()
 answer = []
 for c in result:
