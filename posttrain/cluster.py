@@ -34,7 +34,7 @@ from posttrain.types import Completion, Prompt, Sample, SamplingParams, TrainBat
 from posttrain.wire import Digest, LoadReport, WeightSnapshot, canary_sample, to_chunks
 
 if TYPE_CHECKING:
-    from posttrain.learner import Scores
+    from posttrain.learner_scores import Scores
     from rewards.scoring import Item, RewardFunction
     from rewards.warden import Limits, Report
 
@@ -289,6 +289,7 @@ class _RankGroup:
         gpus = learner.num_gpus
         if gpus is None:
             gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+        learner.require_accelerator(bool(gpus))
         self.world_size = learner.num_workers
         self._section = learner
         threads = str(learner.num_threads)
@@ -332,7 +333,7 @@ class _RankGroup:
 
     def gradients(self) -> dict[str, Any]:
         """The first rank's accumulated gradient, by parameter name."""
-        return ray.get(self._actors[0].call.remote("gradients"))
+        return self._on_all("gradients")[0]  # weights may be spread over the ranks
 
     def _forward_backward(self, samples: Sequence[Sample], *args: Any) -> dict[str, Metric]:
         parts = ray.get(
@@ -381,7 +382,8 @@ class LearnerGroup(_RankGroup):
         return reduce(lambda a, b: a + b, ray.get(calls))
 
     def export_weights(self, version: int) -> WeightSnapshot:
-        return ray.get(self._actors[0].export_weights.remote(version))
+        # Only the first rank sends anything, but weights may be spread over all.
+        return ray.get([actor.export_weights.remote(version) for actor in self._actors])[0]
 
     def roll_back(self, path: str) -> None:
         """Take weights, optimizer and schedule of an earlier checkpoint, on every rank."""

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from posttrain import losses
 from posttrain.errors import RunStopped
+from posttrain.learner_offload import HOME, move_state, state_on
 from posttrain.metrics import Metric
 from posttrain.model.load import load_tokenizer, save_policy
 from posttrain.model.reward_head import load_reward_model
@@ -53,6 +54,7 @@ class Critic:
         total_steps: int,
         seed: int,
     ) -> None:
+        learner.require_accelerator(torch.cuda.is_available())
         torch.manual_seed(seed)
         self._accelerator = Accelerator(
             cpu=not torch.cuda.is_available(), mixed_precision="bf16" if model.dtype == "bfloat16" else "no"
@@ -72,6 +74,7 @@ class Critic:
             classifier.gradient_checkpointing_enable({"use_reentrant": False})
         self._model = ValueModel(classifier).train()
         self._clip = section.value_clip
+        self._offloaded = learner.offload_optimizer
         optimizer = torch.optim.AdamW(
             decay_groups(self._model, section.optimizer.weight_decay),
             lr=section.optimizer.learning_rate,
@@ -116,7 +119,8 @@ class Critic:
                 f"critic.optimizer.learning_rate"
             )
         learning_rate = self._scheduler.get_last_lr()[0]
-        self._optimizer.step()
+        with state_on(self._optimizer, self._accelerator.device) if self._offloaded else nullcontext():
+            self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad()
         return {
@@ -135,6 +139,8 @@ class Critic:
         """Take optimizer and scheduler up where `save` left them; the model itself is loaded from `path` at the start."""
         state = torch.load(Path(path) / "trainer_state.pt", map_location="cpu", weights_only=True)
         self._optimizer.load_state_dict(state["optimizer"])
+        if self._offloaded:
+            move_state(self._optimizer, HOME)
         self._scheduler.load_state_dict(state["scheduler"])
 
     def gradients(self) -> dict[str, torch.Tensor]:

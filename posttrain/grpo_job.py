@@ -387,6 +387,7 @@ def _learner(recipe: GrpoRecipe, model: ModelSection, reference_path: str | None
         reference_path=reference_path,
         teacher_path=recipe.teacher.model_name_or_path if recipe.teacher else None,
         origin=recipe.model.model_name_or_path,
+        lora=recipe.lora,
         router_section=recipe.router,
         temperature=recipe.rollout.temperature,
         max_completion_length=recipe.rollout.max_completion_length,

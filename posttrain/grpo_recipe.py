@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.algorithms import POLICY_LOSSES, expand
-from posttrain.grpo_sections import CriticSection, CurriculumSection, GrpoCheckpointSection, TeacherSection
+from posttrain.grpo_sections import (
+    CriticSection,
+    CurriculumSection,
+    GrpoCheckpointSection,
+    LearnerSection,
+    TeacherSection,
+)
+from posttrain.lora_section import LoraSection
 from posttrain.sections import (
     DatasetSection,
     EnvironmentSection,
@@ -159,26 +166,6 @@ class GrpoRouterSection(RouterSection):
         return self
 
 
-class LearnerSection(Section):
-    num_workers: PositiveInt = 1  # accelerate ranks
-    num_cpus: NonNegative = 1  # what Ray reserves for one rank
-    num_gpus: NonNegativeInt | None = None  # None: 1 where there is a GPU, else 0
-    num_threads: PositiveInt = 2  # OpenMP threads of one rank on CPU
-    row_length: PositiveInt = 256  # tokens of a packed row
-    max_tokens_per_microbatch: PositiveInt = 4096
-    gradient_checkpointing: bool = False
-    logits_chunk: PositiveInt | None = 1024  # positions whose logits are in memory together; None: all
-
-    @model_validator(mode="after")
-    def _row_fits(self) -> LearnerSection:
-        if self.row_length > self.max_tokens_per_microbatch:
-            raise ValueError(
-                f"row_length={self.row_length} exceeds max_tokens_per_microbatch={self.max_tokens_per_microbatch}; "
-                f"raise max_tokens_per_microbatch"
-            )
-        return self
-
-
 class ParitySection(Section):
     """When the run must stop because sampler and learner are not the same policy."""
 
@@ -248,6 +235,7 @@ class GrpoRecipe(Recipe):
     router: GrpoRouterSection = GrpoRouterSection()
     curriculum: CurriculumSection | None = None
     learner: LearnerSection = LearnerSection()
+    lora: LoraSection | None = None  # adapters train; merged weights are published and saved
     sampler: SamplerSection = SamplerSection()
     parity: ParitySection = ParitySection()
     critic: CriticSection | None = None  # for algorithm.baseline: critic; None takes the defaults there
@@ -292,6 +280,51 @@ class GrpoRecipe(Recipe):
             raise ValueError(
                 f"parity.canary_length={self.parity.canary_length} does not fit sampler.max_model_len="
                 f"{self.sampler.max_model_len}; lower parity.canary_length"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> GrpoRecipe:
+        if self.lora is None:
+            return self
+        if self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout={self.lora.dropout:g}: the policy that is scored and trained must be the one that samples, "
+                f"which has no dropout; set it to 0"
+            )
+        if self.lora.quantization is not None:
+            raise ValueError(
+                f"lora.quantization: {self.lora.quantization}: samplers get the policy with adapters merged, which weights in "
+                f"4 bits cannot be; leave it out"
+            )
+        if self.learner.parallel == "fsdp":
+            raise ValueError(
+                "lora with learner.parallel: fsdp: adapters are not spread over ranks; set learner.parallel: ddp"
+            )
+        if self.algorithm.reference_refresh_steps and self.algorithm.beta:
+            raise ValueError(
+                f"lora with algorithm.reference_refresh_steps={self.algorithm.reference_refresh_steps}: the reference is the "
+                f"policy without adapters and cannot be renewed; set reference_refresh_steps: 0"
+            )
+        if self.router.bias_update_speed:
+            raise ValueError(
+                f"lora with router.bias_update_speed={self.router.bias_update_speed:g}: what is below the adapters stays, and "
+                f"the reference needs it; set bias_update_speed: 0"
+            )
+        if self.router.freeze and "router" in (self.lora.targets or ()):
+            raise ValueError("router.freeze: true contradicts lora.targets with router; remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _offloading_and_sharing_fit(self) -> GrpoRecipe:
+        has_reference = bool(self.algorithm.beta) and self.lora is None
+        if self.learner.offload_reference and not has_reference and self.teacher is None:
+            why = "adapters need no second model" if self.lora else f"algorithm.beta={self.algorithm.beta:g} needs none"
+            raise ValueError(f"learner.offload_reference: there is no reference ({why}) and no teacher; remove it")
+        if self.learner.parallel == "fsdp" and self.algorithm.baseline == "critic":
+            raise ValueError(
+                "learner.parallel: fsdp with algorithm.baseline: critic: the critic is not spread over ranks; set "
+                "learner.parallel: ddp"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Sections of a GRPO recipe for what stands beside the policy."""
+"""Sections of a GRPO recipe for the learner, and for what stands beside the policy."""
 
 from __future__ import annotations
 
@@ -17,6 +17,53 @@ from posttrain.sections import (
     PositiveInt,
     Section,
 )
+
+
+class LearnerSection(Section):
+    num_workers: PositiveInt = 1  # accelerate ranks
+    num_cpus: NonNegative = 1  # what Ray reserves for one rank
+    num_gpus: NonNegativeInt | None = None  # None: 1 where there is a GPU, else 0
+    num_threads: PositiveInt = 2  # OpenMP threads of one rank on CPU
+    row_length: PositiveInt = 256  # tokens of a packed row
+    max_tokens_per_microbatch: PositiveInt = 4096
+    gradient_checkpointing: bool = False
+    logits_chunk: PositiveInt | None = 1024  # positions whose logits are in memory together; None: all
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # every rank holds the policy, or its share of it (FSDP2)
+    offload_optimizer: bool = False  # optimizer state in main memory but for the step itself; needs a GPU
+    offload_reference: bool = False  # reference and teacher in main memory but for scoring; needs a GPU
+
+    @model_validator(mode="after")
+    def _row_fits(self) -> LearnerSection:
+        if self.row_length > self.max_tokens_per_microbatch:
+            raise ValueError(
+                f"row_length={self.row_length} exceeds max_tokens_per_microbatch={self.max_tokens_per_microbatch}; "
+                f"raise max_tokens_per_microbatch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> LearnerSection:
+        if self.parallel == "fsdp" and self.num_workers < 2:
+            raise ValueError(
+                "parallel: fsdp spreads the policy over ranks; set num_workers: 2 or more, or parallel: ddp"
+            )
+        if self.parallel == "fsdp" and self.offload_reference:
+            raise ValueError(
+                "offload_reference with parallel: fsdp: each rank holds its share of the reference only; remove one of the two"
+            )
+        return self
+
+    def require_accelerator(self, has_accelerator: bool) -> None:
+        """Refuse what only an accelerator gives a meaning.
+
+        Raises:
+            ValueError: something is to be offloaded to the memory it is in already.
+        """
+        for name in ("offload_optimizer", "offload_reference"):
+            if getattr(self, name) and not has_accelerator:
+                raise ValueError(
+                    f"learner.{name}: there is no GPU here, so it is in main memory already; remove the key"
+                )
 
 
 class CriticSection(Section):

@@ -44,10 +44,11 @@ def describe(recipe: Recipe) -> str:
     """
     lines = [f"stage       {recipe.stage}", f"writes to   {recipe.run_dir}", f"seed        {recipe.seed}"]
     if isinstance(recipe, GrpoRecipe):
-        lines += _model(recipe.model) + _trained(recipe.router) + _data(recipe.datasets) + _grpo(recipe)
+        lines += _model(recipe.model) + _grpo_trained(recipe) + _data(recipe.datasets) + _grpo(recipe)
         lines += _eval(recipe.eval, recipe.environment)
         lines += _checkpoints(recipe.checkpoint, first="after the first step, ")
-        lines += _memory(recipe.model, recipe.sampler, trains=True, beta=recipe.algorithm.beta) + _beside(recipe)
+        lines += _memory(recipe.model, recipe.sampler, trains=True, beta=recipe.algorithm.beta, grpo=recipe)
+        lines += _beside(recipe)
     elif isinstance(recipe, SftRecipe):
         lines += _model(recipe.model) + _sft_trained(recipe) + _data(recipe.datasets) + _sft(recipe)
         lines += _eval(recipe.eval) + _checkpoints(recipe.checkpoint)
@@ -184,6 +185,13 @@ def _sft_trained(recipe: SftRecipe) -> list[str]:
     return lines
 
 
+def _grpo_trained(recipe: GrpoRecipe) -> list[str]:
+    if recipe.lora is None:
+        return _trained(recipe.router)
+    targets = ", ".join(recipe.lora.targets) if recipe.lora.targets else "all weights but the router"
+    return [f"trains      LoRA adapters of rank {recipe.lora.r} on {targets}; merged for samplers and checkpoints"]
+
+
 def _trained(router: RouterSection) -> list[str]:
     bias = (
         f"the router's correction bias moves by {router.bias_update_speed:g} a step"
@@ -229,18 +237,33 @@ def _checkpoints(section: CheckpointSection, first: str = "") -> list[str]:
     return [f"saves       {first}{when}, or when interrupted; the newest {section.save_total_limit} are kept"]
 
 
-def _memory(model: ModelSection, sampler: SamplerSection | None, *, trains: bool, beta: float) -> list[str]:
+def _memory(
+    model: ModelSection,
+    sampler: SamplerSection | None,
+    *,
+    trains: bool,
+    beta: float,
+    grpo: GrpoRecipe | None = None,
+) -> list[str]:
     """Bytes per process; activations and the runtime itself (1 to 2 GB a process) come on top."""
+    adapters = grpo is not None and grpo.lora is not None
+    shares = grpo.learner.num_workers if grpo is not None and grpo.learner.parallel == "fsdp" else 1
     count = _parameters(model)
     if count is None:
         return ["memory      unknown until the checkpoint is here"]
     lines = []
     if trains:
         # float32 weights, gradients and AdamW's two moments, whatever the sampler's type: bfloat16 is autocast.
-        one = _size(count * 4)
-        lines.append(f"each learner {_size(count * 16)}: weights {one}, gradients {one}, AdamW {_size(count * 8)}")
-    if beta > 0:
-        lines.append(f"its reference {_size(count * 4)}: float32 weights")
+        own = count / shares
+        one = _size(own * 4)
+        if adapters:
+            lines.append(f"each learner {one}: weights; gradients and AdamW of the adapters only")
+        else:
+            lines.append(f"each learner {_size(own * 16)}: weights {one}, gradients {one}, AdamW {_size(own * 8)}")
+        if shares > 1:
+            lines.append(f"that is its share of {shares}; rank 0 gathers {_size(count * 4)} in main memory to publish")
+    if beta > 0 and not adapters:
+        lines.append(f"its reference {_size(count * 4 / shares)}: float32 weights")
     if sampler is not None:
         weights, cache = count * _BYTES[model.dtype], int(sampler.kv_cache_gib * 2**30)
         on_gpu = f"{sampler.gpu_memory_utilization:.0%} of the memory on a GPU"
@@ -268,7 +291,7 @@ def _beside(recipe: GrpoRecipe) -> list[str]:
     return lines
 
 
-def _size(num_bytes: int) -> str:
+def _size(num_bytes: float) -> str:
     value = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1000:

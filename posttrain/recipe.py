@@ -18,11 +18,17 @@ from posttrain.grpo_recipe import (
     FaultsSection,
     GrpoRecipe,
     GrpoRouterSection,
-    LearnerSection,
     ParitySection,
     RolloutSection,
 )
-from posttrain.grpo_sections import CriticSection, CurriculumSection, GrpoCheckpointSection, TeacherSection
+from posttrain.grpo_sections import (
+    CriticSection,
+    CurriculumSection,
+    GrpoCheckpointSection,
+    LearnerSection,
+    TeacherSection,
+)
+from posttrain.lora_section import LoraSection
 from posttrain.reward_model_recipe import (
     HeldOutSection,
     PairDatasetSection,
@@ -47,7 +53,6 @@ from posttrain.sections import (
 )
 from posttrain.sft_recipe import (
     DecontaminationSection,
-    LoraSection,
     MtpSection,
     PreparationSection,
     SftRecipe,

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from posttrain.lora_section import LoraSection
 from posttrain.sections import (
     CheckpointSection,
     DatasetSection,
@@ -27,7 +28,6 @@ from posttrain.sections import (
 
 LossOn = Literal["assistant", "last_assistant", "completion", "all"]
 TooLong = Literal["drop", "truncate", "error"]
-LoraTarget = Literal["attention", "routed_experts", "shared_experts", "dense_mlp", "router"]
 
 
 class TrainingSection(TrainerSection):
@@ -94,27 +94,6 @@ class MtpSection(Section):
     init: Literal["checkpoint", "new"] = "checkpoint"
     loss_weight: Positive = 0.1  # lambda; DeepSeek-V3's pre-training: 0.3, later 0.1
     detach_trunk: bool = False  # the extra loss trains the extra module only
-
-
-class LoraSection(Section):
-    """Low-rank adapters; the checkpoint at the end has them merged."""
-
-    r: PositiveInt = 16
-    alpha: Positive = 32
-    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-    targets: Annotated[tuple[LoraTarget, ...] | None, Field(min_length=1)] = (
-        None  # all that the model has but the router
-    )
-    quantization: Literal["nf4"] | None = None  # QLoRA; needs bitsandbytes and a GPU
-
-    @model_validator(mode="after")
-    def _experts_have_no_dropout(self) -> LoraSection:
-        if self.dropout and "routed_experts" in (self.targets or ()):
-            raise ValueError(
-                f"dropout={self.dropout:g}: adapters of routed experts (3-D tensors) cannot have dropout; set dropout: 0 "
-                f"or leave routed_experts out of targets"
-            )
-        return self
 
 
 class SftRecipe(Recipe):

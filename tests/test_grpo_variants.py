@@ -54,3 +54,22 @@ def test_distillation_measures_how_far_the_teacher_is(recipe: Path, tmp_path: Pa
     assert code == 0, output
     distances = [abs(line["policy/kl_teacher"]) for line in metrics(out)]
     assert distances[0] < 1e-6 < distances[1]
+
+
+def test_adapters_are_published_merged_and_a_resumed_run_repeats_an_unbroken_one(recipe: Path, tmp_path: Path) -> None:
+    settings = ["lora={r: 4, targets: [attention, routed_experts]}", "rollout.request_seeds=true", "algorithm.beta=0.05"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for out, steps in ((whole, ["3"]), (broken, ["2", "3"])):
+        for index, last in enumerate(steps):
+            words = ["--resume"] if index else []
+            code, output = run("posttrain.grpo", str(recipe), f"output_dir={out}", f"max_steps={last}", *settings, *words)
+            assert code == 0, output
+    lines = metrics(whole)
+    for line in lines:
+        # Samplers hold merged weights, the learner computes with adapters beside them.
+        assert line["publish/canary_gap_max"] < 1e-4 and line["parity/logprob_abs_max"] < 1e-4
+    assert lines[0]["policy/kl_ref"] < lines[-1]["policy/kl_ref"]
+    assert (whole / "checkpoints" / "latest" / "adapter" / "adapter_config.json").exists()
+    expected, found = (load_file(out / "checkpoints" / "latest" / "model.safetensors") for out in (whole, broken))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,19 @@ def save_policy(model: Any, tokenizer: Any, path: str | Path, state_dict: dict[s
     tokenizer.save_pretrained(path)
 
 
-def checkpoint_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def checkpoint_tensors(
+    model: Any, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights under the names they have in a checkpoint (one tensor per expert), in a fixed order.
 
     The live model fuses all experts of a layer in one tensor; vLLM and Hugging Face files name them one by one.
+
+    Args:
+        model: the policy.
+        state_dict: all its weights, where they are not those of the model: adapters merged, or gathered from ranks.
     """
-    live = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp.")}
+    weights = model.state_dict() if state_dict is None else state_dict
+    live = {name: tensor for name, tensor in weights.items() if not name.startswith("mtp.")}
     if getattr(model.config, "tie_word_embeddings", False):
         for name in getattr(model, "_tied_weights_keys", None) or ():
             live.pop(name, None)

@@ -22,7 +22,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 from posttrain.errors import RunStopped
-from posttrain.sft_recipe import LoraTarget
+from posttrain.lora_section import LoraTarget
 
 ADAPTER = "adapter"  # the folder of a checkpoint that holds them, in peft's format
 _BLOCK = re.compile(r"\.layers\.\d+\.")
@@ -192,6 +192,20 @@ def _row(name: str) -> tuple[str, str]:
 def merge(model: PeftModel) -> Any:
     """The policy with its adapters added to its weights, and without them. The adapted model is used up."""
     return model.merge_and_unload()
+
+
+def merged_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """All weights under the policy's own names with the adapters added, as `merge` would leave them. The model stays as it is:
+    taking adapters off again after a merge would round its weights.
+    """
+    layers = dict(_adapters(model))
+    found = {}
+    for name, tensor in model.get_base_model().state_dict().items():
+        if ".lora_" in name:
+            continue
+        layer = layers.get(_plain(name))
+        found[_plain(name)] = tensor if layer is None else tensor + layer.get_delta_weight(layer.active_adapters[0])
+    return found
 
 
 def save_adapter(model: PeftModel, path: str | Path) -> None:

@@ -296,17 +296,30 @@ def save_mtp(model: DeepseekV3ForCausalLM, mtp: MtpModule, directory: str | Path
     add_layer(Path(directory), dict(mtp_tensors(model, mtp)))
 
 
-def copy_mtp(source: str | Path, model: DeepseekV3ForCausalLM, directory: str | Path) -> None:
+def copy_mtp(
+    source: str | Path,
+    model: DeepseekV3ForCausalLM,
+    directory: str | Path,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Carry a checkpoint's module into another checkpoint directory, for stages that do not train it.
 
     Its tensors stay as they are, but for the copies of embedding and head, which are those of `model`.
+
+    Args:
+        source: the checkpoint that has the module.
+        model: the trunk.
+        directory: of the other checkpoint, which holds the saved trunk.
+        weights: all of the trunk's, where its own are spread over ranks.
 
     Raises:
         ValueError: as `load_mtp` for the source and `save_mtp` for the directory.
     """
     prefix = _prefix(model)
     tensors = dict(read_layer(checkpoint_directory(source), prefix))
-    tensors |= {prefix + name: tensor.detach() for name, tensor in _shared(model).items()}
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, tensor in _shared(model).items():
+        tensors[prefix + name] = (tensor if weights is None else weights[own[id(tensor)]]).detach()
     add_layer(Path(directory), tensors)
 
 

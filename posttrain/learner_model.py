@@ -1,0 +1,120 @@
+"""The policy that a learner trains: all its weights, or adapters on weights that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from posttrain import learner_parallel
+from posttrain.model import load, lora, mtp
+from posttrain.recipe import LoraSection, ModelSection
+
+
+def load_weights(section: ModelSection, path: str) -> Any:
+    """A causal language model in float32: a bfloat16 weight would swallow small updates."""
+    return load.load_policy(
+        path,
+        dtype="float32",
+        attn_implementation=section.attn_implementation,
+        experts_implementation=section.experts_implementation,
+        trust_remote_code=section.trust_remote_code,
+    )
+
+
+class LearnerPolicy:
+    """The model in training, and its weights as others are to see them.
+
+    Args:
+        section: of the recipe; `model_name_or_path` is the checkpoint to go on from.
+        origin: the checkpoint that the run began with. Adapters go onto it, whatever was trained meanwhile: `restore` puts the
+            adapters of a checkpoint back, and the weights below are never rounded.
+        adapters: None trains all weights.
+        seed: of the adapters' start.
+        gradient_checkpointing: compute layers again in the backward pass.
+
+    Raises:
+        ValueError: see `posttrain.model.lora.apply_lora`.
+    """
+
+    def __init__(
+        self,
+        section: ModelSection,
+        origin: str,
+        adapters: LoraSection | None,
+        *,
+        seed: int,
+        gradient_checkpointing: bool,
+    ) -> None:
+        assert section.model_name_or_path is not None
+        self._section = section
+        self._origin = origin
+        self.model = load_weights(section, section.model_name_or_path if adapters is None else origin)
+        self._adapted: PeftModel | None = None
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if adapters is not None:
+            torch.manual_seed(seed)
+            self._adapted = lora.apply_lora(
+                self.model,
+                r=adapters.r,
+                alpha=adapters.alpha,
+                dropout=adapters.dropout,
+                targets=adapters.targets,
+            )
+
+    @property
+    def has_adapters(self) -> bool:
+        return self._adapted is not None
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """The policy as it was before training, for the length of the block; only with adapters, and without gradient."""
+        assert self._adapted is not None
+        with self._adapted.disable_adapter():
+            yield
+
+    @torch.no_grad()
+    def weights(self, *, keep: bool) -> dict[str, torch.Tensor]:
+        """All weights, adapters merged; nothing where `keep` is false. Collective where they are spread over ranks."""
+        if self._adapted is not None:
+            return lora.merged_weights(self._adapted) if keep else {}
+        return learner_parallel.gather(self.model.state_dict(), keep=keep)
+
+    def save(self, path: str | Path, tokenizer: Any, *, is_main: bool) -> None:
+        """Write plain weights, and the adapters beside them, into an existing directory. Collective."""
+        weights = self.weights(keep=is_main)
+        if not is_main:
+            return
+        load.save_policy(self.model, tokenizer, path, weights)
+        if self._adapted is not None:
+            lora.save_adapter(self._adapted, Path(path) / lora.ADAPTER)
+        if mtp.has_mtp(self._origin):
+            # Not trained here, but carried along: it goes on drafting for a policy that has moved a little.
+            mtp.copy_mtp(self._origin, self.model, path, weights)
+
+    def restore(self, path: str | Path) -> None:
+        """Take what is not loaded at the start from a checkpoint of this run: the adapters.
+
+        Raises:
+            ValueError: it has none, or others than this recipe's.
+        """
+        if self._adapted is None:
+            return
+        saved = Path(path) / lora.ADAPTER
+        if not saved.is_dir():
+            raise ValueError(
+                f"{path} has no adapters: its run trained all weights; resume with the recipe the run was started with"
+            )
+        lora.load_adapter(self._adapted, saved)
+
+    def roll_back(self, path: str | Path) -> None:
+        """Take the weights of an earlier checkpoint of this run, or its adapters."""
+        if self._adapted is None:
+            learner_parallel.load_weights(self.model, load_weights(self._section, str(path)).state_dict())
+        else:
+            self.restore(path)

@@ -1,0 +1,128 @@
+"""FSDP2 for the learner: weights, gradients and optimizer state spread over the ranks, and whole again where others need them.
+
+Torch's `fully_shard` is applied here and not by accelerate, which shards on accelerators only and would silently train
+unsharded on CPU. Each decoder layer is gathered when it computes; embedding, last norm and head stay gathered from the
+forward pass to the end of the backward pass, since the head is asked once for each chunk of tokens. Gradients are averaged
+over ranks, as DDP does, and reduced after each microbatch, so that no rank ever keeps whole gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from posttrain.model.token_scorer import TokenScorer
+
+
+def shard(scorer: TokenScorer, accelerator: Accelerator) -> None:
+    """Spread a model's weights over all ranks, in place; an optimizer must be made afterwards. Collective.
+
+    Raises:
+        ValueError: one rank only, or a model that does not say what its layers are.
+    """
+    if accelerator.num_processes < 2:
+        raise ValueError("learner.parallel: fsdp spreads the policy over ranks; set learner.num_workers: 2 or more")
+    names = set(getattr(scorer.model, "_no_split_modules", None) or ())
+    layers = [module for module in scorer.model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError(
+            f"learner.parallel: fsdp: {type(scorer.model).__name__} does not name its layers (_no_split_modules), so it would "
+            f"be gathered whole; set learner.parallel: ddp"
+        )
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    # False also where there is no backward pass: see `release`.
+    fully_shard(scorer, mesh=mesh, reshard_after_forward=False)
+    if accelerator.mixed_precision == "bf16":
+        # As accelerate does for DDP, so that both compute the same: weights in float32, products in bfloat16.
+        autocast = torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
+        scorer.forward = autocast(scorer.forward)  # type: ignore[method-assign]
+
+
+def release(scorer: torch.nn.Module) -> None:
+    """Let go of what a forward pass without a backward pass has gathered. An optimizer step would not reach it, and the next
+    forward pass would compute with the old embedding and head.
+    """
+    if isinstance(scorer, FSDPModule):
+        scorer.reshard()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be spread over ranks. Collective if it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather(tensors: Mapping[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
+    """Whole tensors by name, those that were spread in main memory. Collective.
+
+    Args:
+        tensors: in the same order on every rank.
+        keep: whether this rank wants them; the others get nothing and never hold more than one.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        complete = whole(tensor.detach())
+        if keep:
+            found[name] = complete.cpu() if isinstance(tensor, DTensor) else complete
+    return found
+
+
+def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
+    """Scale gradients that are spread over ranks down to a norm, and return what it was. Collective."""
+    return float(whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
+
+
+def optimizer_state(optimizer: Any, *, keep: bool) -> dict[str, Any]:
+    """`optimizer.state_dict()` with whole tensors, the same whatever the number of ranks and their layout. Collective."""
+    found = optimizer.state_dict()
+    state = {
+        index: {
+            **{name: value for name, value in values.items() if not isinstance(value, torch.Tensor)},
+            **gather({name: value for name, value in values.items() if isinstance(value, torch.Tensor)}, keep=keep),
+        }
+        for index, values in found["state"].items()
+    }
+    return {**found, "state": state}
+
+
+def load_optimizer_state(optimizer: Any, state: Mapping[str, Any]) -> None:
+    """Put back what `optimizer_state` gave, each rank its part."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    spread = {
+        index: {name: _like(value, parameters[index]) for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": spread})
+
+
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put whole weights into a model that may be spread over ranks, each rank its part.
+
+    Raises:
+        ValueError: names other than the model's.
+    """
+    own = model.state_dict()
+    if own.keys() != weights.keys():
+        raise ValueError(
+            f"weights of another model: {sorted(own.keys() ^ weights.keys())[:2]} are in one of the two only"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(_like(weights[name], tensor))
+
+
+def _like(value: Any, parameter: torch.Tensor) -> Any:
+    """This rank's part of a whole tensor of the parameter's shape; anything else as it is."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+        return value
+    # Every rank has read the whole tensor, so none need be sent.
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
