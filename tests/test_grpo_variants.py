@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from stage_commands import metrics, run, write_grpo_recipe
 
 
@@ -57,12 +59,18 @@ def test_distillation_measures_how_far_the_teacher_is(recipe: Path, tmp_path: Pa
 
 
 def test_adapters_are_published_merged_and_a_resumed_run_repeats_an_unbroken_one(recipe: Path, tmp_path: Path) -> None:
-    settings = ["lora={r: 4, targets: [attention, routed_experts]}", "rollout.request_seeds=true", "algorithm.beta=0.05"]
+    settings = [
+        "lora={r: 4, targets: [attention, routed_experts]}",
+        "rollout.request_seeds=true",
+        "algorithm.beta=0.05",
+    ]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for out, steps in ((whole, ["3"]), (broken, ["2", "3"])):
         for index, last in enumerate(steps):
             words = ["--resume"] if index else []
-            code, output = run("posttrain.grpo", str(recipe), f"output_dir={out}", f"max_steps={last}", *settings, *words)
+            code, output = run(
+                "posttrain.grpo", str(recipe), f"output_dir={out}", f"max_steps={last}", *settings, *words
+            )
             assert code == 0, output
     lines = metrics(whole)
     for line in lines:

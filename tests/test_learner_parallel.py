@@ -1,0 +1,189 @@
+"""GRPO with weights spread over ranks, and with state kept off the device."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from posttrain import learner_offload
+from posttrain.learner import Learner
+from posttrain.packing import pack
+from posttrain.recipe import AlgorithmSection, GrpoRouterSection, LearnerSection, ModelSection, OptimizerSection
+from tests.oracles.grpo_loss import random_samples, tiny_policy
+
+LENGTHS = [(3, 7), (5, 2), (2, 11), (4, 4), (6, 9), (2, 3)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from data.chat import build_tokenizer
+
+    path = tmp_path_factory.mktemp("policy")
+    tiny_policy().save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return path
+
+
+def make(checkpoint: Path, path: Path | None = None, **section: Any) -> Learner:
+    return Learner(
+        model=ModelSection(model_name_or_path=str(path or checkpoint), experts_implementation="eager"),
+        optimizer=OptimizerSection(learning_rate=1e-2, max_grad_norm=0.1),
+        learner=LearnerSection(**section),
+        reference_path=str(checkpoint),
+        router_section=GrpoRouterSection(bias_update_speed=0.01),
+        temperature=1.0,
+        max_completion_length=16,
+        total_steps=10,
+        seed=0,
+    )
+
+
+def story(checkpoint: Path, out: Path, rank: int, ranks: int, **section: Any) -> dict[str, Any]:
+    """Everything a learner is asked for in a run, in turn: gradients, logprobs before and after steps, files, going on."""
+    learner = make(checkpoint, **section)
+    samples = random_samples(LENGTHS)
+    batch = pack(samples, world_size=ranks, max_tokens_per_microbatch=32, row_length=32, pad_token_id=0)[rank]
+    algorithm = AlgorithmSection(beta=0.05)
+    found: dict[str, Any] = {"held": sum(_local(p).numel() for p in learner._model.parameters())}
+    before = learner.score(batch, samples, near_tie_margin=1e-5)
+    learner.forward_backward(batch, algorithm)
+    gradients = learner.gradients()
+    found["norm"] = learner.optim_step()["optim/grad_norm"].value
+    after = learner.score(batch, samples, near_tie_margin=1e-5)
+    learner.save(out)
+    published = [copies(learner)]
+    for _ in range(2):  # on from here, and once more from the files
+        learner.forward_backward(batch, algorithm)
+        learner.optim_step()
+        published.append(copies(learner))
+        learner.score(batch, samples, near_tie_margin=1e-5)  # what it gathered must not outlive the change of weights
+        learner.roll_back(out)
+    back = learner.score(batch, samples, near_tie_margin=1e-5)
+    other = make(checkpoint, out, **section)
+    other.restore(out)
+    other.forward_backward(batch, algorithm)
+    other.optim_step()
+    published.append(copies(other))
+    scores = [{**one.logprobs} for one in (before, after, back)] + [{**before.ref_logprobs}, {**after.ref_logprobs}]
+    plain = [{name: tensor.numpy() for name, tensor in one.items()} for one in published]
+    return found | {
+        "scores": scores,
+        "published": plain,
+        "gradients": {name.removeprefix("module."): g.numpy() for name, g in gradients.items()},
+    }
+
+
+def copies(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.checkpoint_tensors()}
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def on_a_rank(rank: int, port: int, path: str, out: str, section: dict[str, Any]) -> dict[str, Any]:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    return story(Path(path), Path(out), rank, 2, num_workers=2, **section)
+
+
+def on_two_ranks(checkpoint: Path, out: Path, **section: Any) -> list[dict[str, Any]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        calls = [pool.submit(on_a_rank, rank, port, str(checkpoint), str(out), section) for rank in range(2)]
+        return [call.result(timeout=200) for call in calls]
+
+
+@pytest.mark.parametrize(
+    "section", [{}, {"gradient_checkpointing": True, "logits_chunk": 5}], ids=["plain", "checkpointing, small chunks"]
+)
+def test_spread_over_two_ranks_is_one_rank(checkpoint: Path, tmp_path: Path, section: dict[str, Any]) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    expected = story(checkpoint, one, 0, 1)
+    first, second = on_two_ranks(checkpoint, two, parallel="fsdp", **section)
+    assert first["held"] + second["held"] == expected["held"] and first["held"] < 0.6 * expected["held"]
+    assert first["norm"] == second["norm"] == pytest.approx(expected["norm"], rel=1e-5)
+    for rank in (first, second):
+        for name, gradient in expected["gradients"].items():
+            gap = torch.tensor(rank["gradients"][name] - gradient).norm()
+            assert float(gap) <= 1e-5 * max(float(torch.tensor(gradient).norm()), 1e-3 * expected["norm"]), name
+    for turn, (ours, theirs) in enumerate(zip(first["scores"], second["scores"], strict=True)):
+        assert not ours.keys() & theirs.keys()
+        for index, values in (ours | theirs).items():
+            assert values == pytest.approx(expected["scores"][turn][index], abs=1e-4), (turn, index)
+    assert all(not weights for weights in second["published"])  # one rank sends for all
+    for turn, (found, wanted) in enumerate(zip(first["published"], expected["published"], strict=True)):
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert float(abs(found[name] - tensor).max()) < 2e-4, (turn, name)
+    # Once from memory, once after rolling back, once from the files: all the same.
+    after_one, after_two, resumed = first["published"][1:]
+    for name, tensor in after_one.items():
+        assert (after_two[name] == tensor).all() and (resumed[name] == tensor).all(), name
+    # The files are those of a run on one rank.
+    states = [torch.load(path / "trainer_state.pt", weights_only=True)["optimizer"]["state"] for path in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    for index, values in states[0].items():
+        assert values["exp_avg"].shape == states[1][index]["exp_avg"].shape
+    (make_plain := make(checkpoint, two)).restore(two)
+    assert dict(make_plain.checkpoint_tensors()).keys() == expected["published"][0].keys()
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (lambda: LearnerSection(parallel="fsdp"), "set num_workers: 2 or more"),
+        (lambda: LearnerSection(parallel="fsdp", num_workers=2, offload_reference=True), "its share of the reference"),
+        (lambda: LearnerSection(offload_optimizer=True).require_accelerator(False), "no GPU here"),
+        (lambda: LearnerSection(offload_reference=True).require_accelerator(False), "no GPU here"),
+    ],
+)
+def test_what_means_nothing_is_refused(section: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        section()
+
+
+def test_offloaded_weights_come_back_untouched() -> None:
+    first = torch.nn.Linear(3, 3, bias=False)
+    first.register_buffer("scale", torch.ones(3))
+    second = torch.nn.Linear(3, 3, bias=False)
+    second.weight = first.weight  # tied
+    model = torch.nn.Sequential(first, second)
+    held, scale = first.weight, first.scale
+    with pytest.raises(KeyError), learner_offload.weights_on(model, torch.device("meta")):
+        assert first.weight.is_meta and first.scale.is_meta and first.weight is second.weight  # type: ignore[union-attr]
+        assert not first.weight.requires_grad
+        raise KeyError
+    assert first.weight is second.weight is held and first.scale is scale and not held.is_meta
+
+
+def test_offloaded_optimizer_state_is_on_the_device_for_the_step_only() -> None:
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+
+    def places() -> set[str]:
+        return {value.device.type for state in optimizer.state.values() for value in state.values() if value.dim()}
+
+    # "meta" stands for a device: what is sent there is gone, so only the places are looked at.
+    assert places() == {"cpu"}
+    learner_offload.move_state(optimizer, torch.device("meta"))
+    assert places() == {"meta"}
+    assert all(state["step"].device.type == "cpu" for state in optimizer.state.values())
