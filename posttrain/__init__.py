@@ -5,7 +5,7 @@ The rooms:
     stages          sft.py, reward_model.py, grpo.py, upcycle.py, pipeline.py: each file is its stage's
                     algorithm; cli.py is their command line
     description     recipe.py (the door), sections.py (what stages share), sft_recipe.py, reward_model_recipe.py,
-                    grpo_recipe.py; recipe_file.py (YAML), plan.py (what it would do), records.py (its data)
+                    grpo_recipe.py, lora_section.py; recipe_file.py (YAML), plan.py (what it would do), records.py (its data)
     what flows      types.py: Prompt, Completion, Group, Sample, Microbatch, TrainBatch
     mathematics     losses.py, policy_losses.py, balance_losses.py, advantages.py, packing.py: pure functions; algorithms.py
                     (presets), objective.py (a recipe's loss), conformance.py (the same gradient for every layout)

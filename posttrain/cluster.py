@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from importlib import import_module
+from operator import add, or_
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -35,6 +36,7 @@ from posttrain.wire import Digest, LoadReport, WeightSnapshot, canary_sample, to
 
 if TYPE_CHECKING:
     from posttrain.learner_scores import Scores
+    from posttrain.parity import Agreement
     from rewards.scoring import Item, RewardFunction
     from rewards.warden import Limits, Report
 
@@ -264,11 +266,11 @@ class _RankActor:
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._model, method)(*args, **kwargs)
 
-    def score(self, batch: TrainBatch, samples: Sequence[Sample], settings: dict[str, Any]) -> Scores:
-        return self._model.score(batch, samples, **settings)
-
-    def values(self, batch: TrainBatch, samples: Sequence[Sample]) -> dict[int, tuple[float, ...]]:
-        return self._model.values(batch, samples)
+    def call_with_samples(
+        self, method: str, batch: TrainBatch, samples: Sequence[Sample], *args: Any, **settings: Any
+    ) -> Any:
+        # Samples are an argument of their own, so that Ray fetches them once for all ranks.
+        return getattr(self._model, method)(batch, samples, *args, **settings)
 
     def export_weights(self, version: int) -> WeightSnapshot:
         digest = Digest()
@@ -342,8 +344,16 @@ class _RankGroup:
                 for actor, batch in zip(self._actors, self._pack(samples), strict=True)
             ]
         )
-        # Each rank returns its part of the mean.
-        return {name: Metric(metric.value, "mean") for name, metric in merge(parts).items()}
+        return _sum_of_parts(parts)
+
+    def _with_samples(self, method: str, samples: Sequence[Sample], *args: Any, **settings: Any) -> list[Any]:
+        shared = ray.put(tuple(samples))
+        return ray.get(
+            [
+                actor.call_with_samples.remote(method, batch, shared, *args, **settings)
+                for actor, batch in zip(self._actors, self._pack(samples), strict=True)
+            ]
+        )
 
     def _on_all(self, method: str, *args: Any) -> list[Any]:
         return ray.get([actor.call.remote(method, *args) for actor in self._actors])
@@ -372,14 +382,17 @@ class LearnerGroup(_RankGroup):
         """Pack a minibatch for the ranks and accumulate its gradient. Means over the whole minibatch."""
         return self._forward_backward(samples, algorithm)
 
+    def forward_backward_compared(
+        self, samples: Sequence[Sample], algorithm: AlgorithmSection, *, near_tie_margin: float
+    ) -> tuple[dict[str, Metric], Agreement]:
+        """`forward_backward`, and how far the sampler is from what the learner computed in it."""
+        parts = self._with_samples("forward_backward_compared", samples, algorithm, near_tie_margin=near_tie_margin)
+        parity, apart = zip(*(agreement for _, agreement in parts), strict=True)
+        return _sum_of_parts([metrics for metrics, _ in parts]), (reduce(add, parity), reduce(add, apart))
+
     def score(self, samples: Sequence[Sample], **settings: Any) -> Scores:
         """`Learner.score` of all ranks together."""
-        shared = ray.put(tuple(samples))
-        calls = [
-            actor.score.remote(batch, shared, settings)
-            for actor, batch in zip(self._actors, self._pack(samples), strict=True)
-        ]
-        return reduce(lambda a, b: a + b, ray.get(calls))
+        return reduce(add, self._with_samples("score", samples, **settings))
 
     def export_weights(self, version: int) -> WeightSnapshot:
         # Only the first rank sends anything, but weights may be spread over all.
@@ -401,15 +414,16 @@ class CriticGroup(_RankGroup):
 
     def values(self, samples: Sequence[Sample]) -> dict[int, tuple[float, ...]]:
         """What is expected before each token, by sample."""
-        shared = ray.put(tuple(samples))
-        calls = [
-            actor.values.remote(batch, shared) for actor, batch in zip(self._actors, self._pack(samples), strict=True)
-        ]
-        return reduce(lambda a, b: a | b, ray.get(calls))
+        return reduce(or_, self._with_samples("values", samples))
 
     def forward_backward(self, samples: Sequence[Sample]) -> dict[str, Metric]:
         """Pack a minibatch, whose samples carry values and returns, and accumulate its gradient."""
         return self._forward_backward(samples)
+
+
+def _sum_of_parts(parts: Sequence[dict[str, Metric]]) -> dict[str, Metric]:
+    # Each rank returns its part of the mean.
+    return {name: Metric(metric.value, "mean") for name, metric in merge(parts).items()}
 
 
 # --- rewards --------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from posttrain.cli import run_stage
 from posttrain.grpo_job import GrpoJob
 from posttrain.interrupt import StopRequest, graceful_stop
 from posttrain.metrics import Metric, merge
-from posttrain.parity import Mismatch, ParityReport, require_parity
+from posttrain.parity import Agreement, require_parity
 from posttrain.progress import Progress
 from posttrain.recipe import AlgorithmSection, GrpoRecipe
 from posttrain.rollout import Rollout, Source
@@ -68,10 +68,16 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
             batch_advantages = group_advantages(batch, recipe.algorithm)
 
             sampled = time.perf_counter()
-            samples, parity, apart = score(batch, batch_advantages, job)
-            require_parity(parity, recipe.parity)
-            verdict = job.look_for_mismatch(apart)
-            learned = {**learn(samples, job, verdict), **distillation.metrics(samples)}
+            samples = samples_of(batch, batch_advantages, job)
+            if recipe.parity.measured_on == "batch":
+                samples, agreement = score(samples, job)
+                verdict = job.look_for_mismatch(agreement[1])
+                learned, _ = learn(samples, job, verdict)
+            else:
+                verdict = Verdict(None)
+                learned, measured = learn(samples, job, verdict, measure=True)
+                agreement = measured or score(samples, job)[1]  # of the batch where nothing of it could be trained on
+            learned |= distillation.metrics(samples)
 
             trained = time.perf_counter()
             receipts = job.publisher.publish(job.step + 1)
@@ -84,7 +90,7 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
                 "time/publish": time.perf_counter() - trained,
                 "time/step": time.perf_counter() - start,
             }
-            job.end_step(batch, batch_advantages, parity, apart, learned, receipts, seconds, progress)
+            job.end_step(batch, batch_advantages, agreement, learned, receipts, seconds, progress)
             if verdict.action:
                 progress.note(f"breaker, step {job.step}: {verdict.action}: {verdict.reason}")
 
@@ -103,16 +109,13 @@ def group_advantages(batch: Rollout, algorithm: AlgorithmSection) -> list[tuple[
     return found
 
 
-def score(
-    batch: Rollout, batch_advantages: Sequence[Sequence[float]], job: GrpoJob
-) -> tuple[list[Sample], ParityReport, Mismatch]:
-    """The samples to train on, each with the learner's own logprobs (the ratio's old policy) and the reference's."""
-    algorithm = job.recipe.algorithm
+def samples_of(batch: Rollout, batch_advantages: Sequence[Sequence[float]], job: GrpoJob) -> list[Sample]:
+    """The samples to train on, as they were sampled."""
     pairs = list(zip(batch.groups, batch_advantages, strict=True))
-    if algorithm.drop_zero_signal_groups:
+    if job.recipe.algorithm.drop_zero_signal_groups:
         # When no group has signal all are scored, so that parity is still measured.
         pairs = [pair for pair in pairs if advantages.has_signal(pair[0].judged_rewards)] or pairs
-    samples = [
+    return [
         Sample(
             group.prompt.token_ids,
             completion.token_ids,
@@ -127,7 +130,16 @@ def score(
         for index, (completion, advantage) in enumerate(zip(group.completions, advantages_G, strict=True))
         if index not in group.unjudged
     ]
+
+
+def score(samples: Sequence[Sample], job: GrpoJob) -> tuple[list[Sample], Agreement]:
+    """The samples with the learner's own logprobs (the ratio's old policy), the reference's and all that is made of them.
+
+    Raises:
+        ParityError: they are not what was sampled.
+    """
     scores = job.learner.score(samples, near_tie_margin=job.recipe.parity.near_tie_margin)
+    require_parity(scores.parity, job.recipe.parity)
     scored = [
         replace(
             sample,
@@ -140,7 +152,7 @@ def score(
     if job.critic is not None:
         values = job.critic.values(scored)
         scored = [replace(sample, values=values[index]) for index, sample in enumerate(scored)]
-    return token_advantages(scored, algorithm), scores.parity, scores.mismatch
+    return token_advantages(scored, job.recipe.algorithm), (scores.parity, scores.mismatch)
 
 
 def token_advantages(samples: Sequence[Sample], algorithm: AlgorithmSection) -> list[Sample]:
@@ -181,20 +193,29 @@ def with_returns(sample: Sample, algorithm: AlgorithmSection) -> Sample:
     )
 
 
-def learn(samples: list[Sample], job: GrpoJob, verdict: Verdict) -> dict[str, Metric]:
+def learn(
+    samples: list[Sample], job: GrpoJob, verdict: Verdict, *, measure: bool = False
+) -> tuple[dict[str, Metric], Agreement | None]:
     """One optimizer step per minibatch; the minibatches are random parts of the rollout batch.
 
     With `algorithm.target_kl` the rest of a batch is left when the policy has moved that far from the one it was sampled by.
     What the breaker says comes first: "mask" leaves out the tokens whose ratio to the sampler is too far from 1; after
     "publish" and "rollback" nothing is learnt, and the same or the restored weights are published as the next version.
+
+    Returns:
+        metrics: of all minibatches.
+        agreement: with `measure`, that of sampler and learner on the minibatch that is trained on first; None if none is.
+
+    Raises:
+        ParityError: with `measure`, the first minibatch is not what was sampled. No step has been taken on it.
     """
     algorithm = job.recipe.algorithm
     if verdict.action == "mask":
         algorithm = algorithm.model_copy(update={"importance": "mask", "old_policy": "learner"})
     elif verdict.action:
-        return verdict.metrics()
+        return verdict.metrics(), None
     generator = random.Random(f"{job.recipe.seed}/{job.step}")
-    metrics = [verdict.metrics()]
+    metrics, agreement = [verdict.metrics()], None
     if job.critic is not None:
         metrics.append(fit_of_critic(samples))
     for _ in range(algorithm.num_iterations):
@@ -206,11 +227,17 @@ def learn(samples: list[Sample], job: GrpoJob, verdict: Verdict) -> dict[str, Me
             warming_up = job.step < job.critic_warmup
             if warming_up or not any(advantages.is_felt(sample.advantage) for sample in minibatch):
                 continue
-            losses = job.learner.forward_backward(minibatch, algorithm)
+            if measure and agreement is None:
+                losses, agreement = job.learner.forward_backward_compared(
+                    minibatch, algorithm, near_tie_margin=job.recipe.parity.near_tie_margin
+                )
+                require_parity(agreement[0], job.recipe.parity)
+            else:
+                losses = job.learner.forward_backward(minibatch, algorithm)
             metrics.append({**losses, **job.learner.optim_step(), "optim/steps": Metric(1, "sum")})
             if algorithm.target_kl is not None and losses["policy/kl_old"].value > algorithm.target_kl:
-                return merge(metrics)
-    return merge(metrics)
+                return merge(metrics), agreement
+    return merge(metrics), agreement
 
 
 def fit_of_critic(samples: Sequence[Sample]) -> dict[str, Metric]:

@@ -22,7 +22,7 @@ from posttrain.episode_reward import episode_scorer
 from posttrain.episodes import episodes
 from posttrain.errors import RunStopped
 from posttrain.metrics import Metric, MetricsLog
-from posttrain.parity import Mismatch, ParityReport
+from posttrain.parity import Agreement, Mismatch
 from posttrain.progress import Progress, before_after_table, paths_written
 from posttrain.recipe import CriticSection, GrpoRecipe, ModelSection
 from posttrain.recipe_file import dump_recipe
@@ -101,8 +101,7 @@ class GrpoJob:
         self,
         batch: Rollout,
         advantages: Sequence[Sequence[float]],
-        parity: ParityReport,
-        apart: Mismatch,
+        agreement: Agreement,
         learned: dict[str, Metric],
         receipts: Sequence[Receipt],
         seconds: dict[str, float],
@@ -115,8 +114,8 @@ class GrpoJob:
         tokens = sum(len(completion.sampled_ids) for completion in batch.completions)
         metrics = {
             **batch.metrics(self.step - 1),
-            **parity.metrics(),
-            **apart.metrics(),
+            **agreement[0].metrics(),
+            **agreement[1].metrics(),
             **learned,
             **publication_metrics(receipts),
             **{name: Metric(value, "mean") for name, value in seconds.items()},

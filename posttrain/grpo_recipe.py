@@ -172,6 +172,9 @@ class ParitySection(Section):
     max_logprob_gap: Positive = 1e-4  # per token, divided by max(1, |logprob|); canary and trained tokens
     near_tie_margin: NonNegative = 1e-5  # a flipped expert is a tie when the two scores differ by no more than this
     min_routing_agreement: Fraction = 0.999
+    # The whole batch in a forward pass of its own before it is trained on, or what is trained on first in the forward pass
+    # of its training.
+    measured_on: Literal["batch", "first_minibatch"] = "batch"
     canary_sequences: PositiveInt = 8
     canary_length: Annotated[int, BeforeValidator(no_bool), Field(ge=2)] = 64  # tokens
 
@@ -354,6 +357,27 @@ class GrpoRecipe(Recipe):
         if self.rollout.max_lag and algorithm.policy_loss == "reinforce" and algorithm.old_policy == "sampler":
             raise ValueError(
                 "policy_loss: reinforce has no ratio, so old_policy: sampler corrects nothing; set importance: truncate"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_else_is_scored(self) -> GrpoRecipe:
+        if self.parity.measured_on == "batch":
+            return self
+        algorithm = self.algorithm
+        needs = {
+            f"algorithm.old_policy: {algorithm.old_policy}": algorithm.old_policy == "learner",
+            f"algorithm.beta={algorithm.beta:g}": bool(algorithm.beta),
+            "algorithm.baseline: critic": algorithm.baseline == "critic",
+            "algorithm.distill_coef": bool(algorithm.distill_coef),
+            "breaker": self.breaker is not None,
+        }
+        found = [name for name, is_needed in needs.items() if is_needed]
+        if found:
+            raise ValueError(
+                f"parity.measured_on: first_minibatch with {found[0]}: that asks for logprobs of the whole batch before it is "
+                f"trained on; set parity.measured_on: batch, or algorithm.old_policy: sampler without beta, critic, teacher "
+                f"and breaker"
             )
         return self
 

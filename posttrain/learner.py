@@ -6,8 +6,10 @@ tokens or samples, so the gradient does not depend on how a minibatch is cut int
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from posttrain.model.token_scorer import TokenScorer
 from posttrain.objective import denominator, objective
 from posttrain.optimizer import decay_groups, schedule
 from posttrain.packing import to_device, unpack
-from posttrain.parity import Mismatch, ParityReport
+from posttrain.parity import Agreement, Mismatch, ParityReport
 from posttrain.recipe import (
     AlgorithmSection,
     GrpoRouterSection,
@@ -113,6 +115,37 @@ class Learner:
 
     def forward_backward(self, batch: TrainBatch, algorithm: AlgorithmSection) -> dict[str, Metric]:
         """Add the gradient of this rank's share of a minibatch. Call `optim_step` afterwards."""
+        return self._forward_backward(batch, algorithm, lambda *_: None)
+
+    def forward_backward_compared(
+        self, batch: TrainBatch, samples: Sequence[Sample], algorithm: AlgorithmSection, *, near_tie_margin: float
+    ) -> tuple[dict[str, Metric], Agreement]:
+        """`forward_backward`, and how far the sampler is from the logprobs and experts of that very forward pass.
+
+        Args:
+            batch: packed samples.
+            samples: indexed by the batch's sample numbers.
+            algorithm: of the recipe.
+            near_tie_margin: see `posttrain.parity`.
+        """
+        parity, apart = [ParityReport()], [Mismatch()]
+
+        def look(microbatch: Microbatch, logprobs_RW: torch.Tensor, trace: router.RouterTrace) -> None:
+            found = compare_microbatch(
+                microbatch, logprobs_RW, trace, samples, self._routers, near_tie_margin=near_tie_margin
+            )
+            parity.append(found[0])
+            apart.append(found[1])
+
+        metrics = self._forward_backward(batch, algorithm, look)
+        return metrics, (reduce(add, parity), reduce(add, apart))
+
+    def _forward_backward(
+        self,
+        batch: TrainBatch,
+        algorithm: AlgorithmSection,
+        look: Callable[[Microbatch, torch.Tensor, router.RouterTrace], None],
+    ) -> dict[str, Metric]:
         metrics: dict[str, Metric] = {}
         divisor = denominator(batch, algorithm, self._max_completion_length)
         last = len(batch.microbatches) - 1
@@ -128,6 +161,7 @@ class Learner:
                     loss_sum, sums = objective(logprobs_RW, entropy_RW, microbatch, algorithm)
                     # Ranks' gradients are averaged, so the sum over ranks needs their number.
                     self._accelerator.backward(loss_sum * (self._accelerator.num_processes / divisor))
+            look(microbatch, logprobs_RW.detach(), trace)
             real_N = (microbatch.sample_ids_RW >= 0).flatten()
             self._balance.observe(trace, real_N, replayed=self._router_section.bias_counts == "sampler")
             _accumulate(metrics, sums, batch.num_loss_tokens)

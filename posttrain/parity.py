@@ -180,6 +180,9 @@ class ParityReport:
         )
 
 
+Agreement = tuple[ParityReport, Mismatch]  # of the same tokens
+
+
 def compare(
     sample: Sample, learner_logprobs: Sequence[float], flips: Sequence[Flip], *, near_tie_margin: float, name: str
 ) -> ParityReport:

@@ -141,20 +141,21 @@ class Sampler:
                     f"{self._max_model_len}: no room for an answer; raise sampler.max_model_len or drop the prompt"
                 )
         requests: dict[str, int] = {}
-        for index, prompt in enumerate(prompts):
-            drawn = vllm.SamplingParams(
-                temperature=params.temperature,
-                top_p=params.top_p,
-                top_k=params.top_k,
-                max_tokens=min(params.max_completion_length, self._max_model_len - len(prompt.token_ids) - 1),
-                logprobs=params.top_k if params.is_truncated else 0,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            for number in range(params.num_generations):
-                if params.seed is not None:
-                    drawn = drawn.clone()
-                    drawn.seed = request_seed(params.seed, prompt.id, self.version, number)
-                requests[self._loop.add(prompt.token_ids, drawn)] = index
+        with self._loop.between_steps():  # once, rather than between each two of them
+            for index, prompt in enumerate(prompts):
+                drawn = vllm.SamplingParams(
+                    temperature=params.temperature,
+                    top_p=params.top_p,
+                    top_k=params.top_k,
+                    max_tokens=min(params.max_completion_length, self._max_model_len - len(prompt.token_ids) - 1),
+                    logprobs=params.top_k if params.is_truncated else 0,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+                for number in range(params.num_generations):
+                    if params.seed is not None:
+                        drawn = drawn.clone()
+                        drawn.seed = request_seed(params.seed, prompt.id, self.version, number)
+                    requests[self._loop.add(prompt.token_ids, drawn)] = index
         finished = self._loop.wait(list(requests))
         self._speculation = [_speculation(finished[request_id].outputs[0]) for request_id in requests]
         completions: list[list[Completion]] = [[] for _ in prompts]
@@ -178,7 +179,8 @@ class Sampler:
         from vllm.sampling_params import RequestOutputKind
 
         scored = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
-        requests = {self._loop.add(sequence, scored): index for index, sequence in enumerate(sequences)}
+        with self._loop.between_steps():
+            requests = {self._loop.add(sequence, scored): index for index, sequence in enumerate(sequences)}
         finished = self._loop.wait(list(requests))
         result = []
         for request_id, index in requests.items():

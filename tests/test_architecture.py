@@ -50,9 +50,14 @@ def test_one_file_knows_ray_and_two_know_vllm() -> None:
 
 
 def test_descriptions_stand_on_nothing_of_ours() -> None:
-    for name in ("posttrain/sections.py", "posttrain/types.py", "posttrain/errors.py", "posttrain/algorithms.py"):
+    for name in (
+        "posttrain/sections.py",
+        "posttrain/types.py",
+        "posttrain/errors.py",
+        "posttrain/algorithms.py",
+    ):
         assert not {m for m in imports(ROOT / name) if m.split(".")[0] in OURS}, name
-    names = ("sections", "grpo_sections", "recipe", "errors", "algorithms")
+    names = ("sections", "grpo_sections", "lora_section", "recipe", "errors", "algorithms")
     descriptions = tuple(f"posttrain.{name}" for name in names)
     for path in (ROOT / "posttrain").glob("*recipe.py"):
         foreign = {m for m in imports(path) if m.split(".")[0] in OURS and not m.startswith(descriptions)}

@@ -1,4 +1,4 @@
-"""PPO with a critic and on-policy distillation as a user runs them."""
+"""PPO with a critic, on-policy distillation and adapters as a user runs them."""
 
 from __future__ import annotations
 
@@ -73,6 +73,10 @@ def test_adapters_are_published_merged_and_a_resumed_run_repeats_an_unbroken_one
             )
             assert code == 0, output
     lines = metrics(whole)
+    names = ("reward/mean", "completion/length_mean", "policy/loss", "optim/grad_norm")
+    assert [[line[name] for name in names] for line in metrics(broken)] == [
+        [line[name] for name in names] for line in lines
+    ]
     for line in lines:
         # Samplers hold merged weights, the learner computes with adapters beside them.
         assert line["publish/canary_gap_max"] < 1e-4 and line["parity/logprob_abs_max"] < 1e-4

@@ -135,6 +135,23 @@ def test_scores_are_the_models_own_and_name_what_differs(learner: Learner) -> No
     assert parity.worst.startswith("sample 1,")
 
 
+def test_parity_in_the_forward_pass_of_training_is_that_of_scoring_and_changes_no_gradient(learner: Learner) -> None:
+    samples = near(random_samples(LENGTHS), tiny_policy())
+    algorithm = AlgorithmSection(old_policy="sampler")
+    expected = gradients(learner, samples, algorithm)
+    (batch,) = pack(samples, world_size=1, max_tokens_per_microbatch=32, row_length=32, pad_token_id=0)
+    assert len(batch.microbatches) > 1
+    scores = learner.score(batch, samples, near_tie_margin=1e-5)
+    metrics, (parity, apart) = learner.forward_backward_compared(batch, samples, algorithm, near_tie_margin=1e-5)
+    assert_same(learner.gradients(), expected, 1e-6)
+    learner.drop_gradients()
+    assert metrics.keys() == learner.forward_backward(batch, algorithm).keys()
+    learner.drop_gradients()
+    assert parity.tokens == scores.parity.tokens == apart.tokens and parity.gap_max > 0.01
+    assert parity.gap_max == pytest.approx(scores.parity.gap_max, abs=1e-5)
+    assert apart.kl == pytest.approx(scores.mismatch.kl, rel=1e-4)
+
+
 def test_a_step_moves_the_bias_against_the_load(checkpoint: Path) -> None:
     learner = Learner(
         learner=LearnerSection(), **arguments(checkpoint, router_section=GrpoRouterSection(bias_update_speed=0.01))

@@ -140,7 +140,7 @@ def test_a_renewed_reference_is_kept_for_a_resumed_run(recipe: Path, tmp_path: P
 
 
 def test_dynamic_sampling_replaces_groups_without_signal(recipe: Path, tmp_path: Path) -> None:
-    """A reward that tells only some prompts apart: more is sampled than trained on."""
+    """A reward that tells only some prompts apart: more is sampled than trained on. Parity is measured in training itself."""
     (tmp_path / "some.py").write_text(
         "def score(completion, answer, messages, **metadata):\n"
         "    told_apart = sum(map(ord, messages[-1]['content'])) % 3 == 0\n"
@@ -148,15 +148,18 @@ def test_dynamic_sampling_replaces_groups_without_signal(recipe: Path, tmp_path:
     )
     out = tmp_path / "run"
     rewards = f"rewards=[{{func: '{tmp_path}/some.py:score'}}]"
-    code, output = run(
-        "posttrain.grpo", str(recipe), f"output_dir={out}", rewards, "algorithm={preset: dapo, num_minibatches: 1}"
-    )
+    algorithm = "algorithm={preset: dapo, num_minibatches: 2, old_policy: sampler}"
+    keys = [f"output_dir={out}", rewards, algorithm, "parity.measured_on=first_minibatch"]
+    code, output = run("posttrain.grpo", str(recipe), *keys)
     assert code == 0, output
     lines = metrics(out)
     assert (
         all(4 <= line["groups/sampled"] <= 12 for line in lines) and max(line["groups/sampled"] for line in lines) > 4
     )
     assert all(line["optim/steps"] >= 1 for line in lines)
+    assert all(
+        0 < line["parity/logprob_abs_max"] < 1e-4 and line["parity/routing_agreement"] > 0.9999 for line in lines
+    )
 
 
 def test_samples_ahead_of_the_learner_by_another_type_and_truncated(recipe: Path, tmp_path: Path) -> None:
