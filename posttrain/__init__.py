@@ -17,7 +17,7 @@ The rooms:
     rewards         reward_setup.py, reward_pool.py (actors around rewards.warden), audit.py (a verifier beside the rewards)
     environments    environments.py (what one is), environment_pool.py and environment_process.py (a process for each episode),
                     episodes.py (turns to completions), episode_reward.py (their reward beside the others)
-    engines         sampler.py with vllm_extension.py (vLLM), learner.py (accelerate)
+    engines         sampler.py with request_loop.py, vllm_extension.py, decoding.py (vLLM), learner.py (accelerate)
     the policy      model/: load, router, balance, mtp (multi-token prediction), lora, upcycle, policy_files, reward_head
     agreement       wire.py, weights.py (publication and its receipt), parity.py (sampler against learner, token by token)
     the cluster     cluster.py: the only file that imports ray

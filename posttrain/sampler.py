@@ -15,17 +15,19 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posttrain.decoding import completion_text
 from posttrain.request_loop import RequestLoop
 from posttrain.types import Completion, Prompt, SamplingParams
 
 if TYPE_CHECKING:
     import torch
+    from vllm.logprobs import FlatLogprobs
 
 
 def engine_environment(num_threads: int, kv_cache_gib: float) -> dict[str, str]:
@@ -114,6 +116,7 @@ class Sampler:
             **settings,
         )
         self._engine = self._llm.llm_engine
+        self._tokenizer = self._llm.get_tokenizer()
         self._loop = RequestLoop(self._engine)
         self._max_model_len = max_model_len
         self._num_moe_layers = self._rpc("start_routing_capture") if self._on_cpu else 0
@@ -149,6 +152,9 @@ class Sampler:
                     top_k=params.top_k,
                     max_tokens=min(params.max_completion_length, self._max_model_len - len(prompt.token_ids) - 1),
                     logprobs=params.top_k if params.is_truncated else 0,
+                    # Text token by token, and of each logprob's token, would be a tenth of a small model's step.
+                    detokenize=False,
+                    flat_logprobs=True,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
                 for number in range(params.num_generations):
@@ -216,7 +222,8 @@ class Sampler:
 
     def _completion(self, request_id: str, prompt: Prompt, output: Any, params: SamplingParams) -> Completion:
         tokens = tuple(output.token_ids)
-        logprobs = tuple(entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True))
+        # Each position's entries begin with the token that was sampled.
+        logprobs = tuple(output.logprobs.logprobs[start] for start in output.logprobs.start_indices)
         # The last sampled token was never fed through the model.
         experts = self._experts(request_id, len(prompt.token_ids) + len(tokens) - 1, output)
         versions = tuple(int(span.version) for span in output.weight_versions for _ in range(span.start, span.end))
@@ -224,7 +231,7 @@ class Sampler:
             token_ids=tokens,
             logprobs=logprobs,
             finish_reason=output.finish_reason,
-            text=output.text,
+            text=completion_text(self._tokenizer, prompt.token_ids, tokens, ended=output.finish_reason == "stop"),
             policy_version=versions[0],
             experts_TLK=experts,
             token_versions=versions if len(set(versions)) > 1 else None,
@@ -272,9 +279,12 @@ def _speculation(output: Any) -> SpeculationCount:
     )
 
 
-def _candidates(logprobs: Sequence[Mapping[int, Any]]) -> np.ndarray:
+def _candidates(logprobs: FlatLogprobs) -> np.ndarray:
     """int32 [T, C]: the tokens that top-k and top-p left, of each position; -1 fills up."""
-    kept = [[token for token, entry in position.items() if entry.logprob > -math.inf] for position in logprobs]
+    kept = []
+    for start, end in zip(logprobs.start_indices, logprobs.end_indices, strict=True):
+        entries = zip(logprobs.token_ids[start:end], logprobs.logprobs[start:end], strict=True)
+        kept.append(list(dict.fromkeys(token for token, logprob in entries if logprob > -math.inf)))
     found = np.full((len(kept), max(len(tokens) for tokens in kept)), -1, np.int32)
     for row, tokens in enumerate(kept):
         found[row, : len(tokens)] = tokens
