@@ -78,6 +78,7 @@ class PromptStream:
         self._fingerprint = hashlib.sha256(contents.encode()).hexdigest()[:16]
         self._epoch = 0
         self._position = 0  # records of this epoch already given out
+        self._returned: list[str] = []  # ids to give out first
         self._order = self._shuffled()
 
     def take(self, n: int) -> tuple[Prompt, ...]:
@@ -90,9 +91,14 @@ class PromptStream:
             raise ValueError(f"cannot take {n} prompts")
         return tuple(to_prompt(self._next(), self._tokenizer) for _ in range(n))
 
-    def state(self) -> dict[str, Any]:
-        """The cursor: epoch, position in it, and what they refer to."""
+    def state(self, unused: Sequence[str] = ()) -> dict[str, Any]:
+        """The cursor: epoch, position in it, and what they refer to.
+
+        Args:
+            unused: ids of prompts that were given out and that a restored stream is to give out again, first of all.
+        """
         return {
+            "unused": [*unused, *self._returned],
             "epoch": self._epoch,
             "position": self._position,
             "seed": self._seed,
@@ -112,8 +118,12 @@ class PromptStream:
             )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
         self._order = self._shuffled()
+        self._returned = list(state.get("unused", ()))
 
     def _next(self) -> Record:
+        if self._returned:
+            wanted = self._returned.pop(0)
+            return next(record for record in self._records if record.id == wanted)
         # From anywhere in an epoch, twice as many records hold each of them at least once.
         for _ in range(2 * len(self._records)):
             record = self._advance()

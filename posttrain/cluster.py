@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import reduce
 from importlib import import_module
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from posttrain.dispatch import Dispatcher, Finished
 from posttrain.errors import ParityError, RunStopped
 from posttrain.metrics import Metric, merge
 from posttrain.packing import pack
@@ -39,6 +41,10 @@ if TYPE_CHECKING:
     from posttrain.parity import Agreement
     from rewards.scoring import Item, RewardFunction
     from rewards.warden import Limits, Report
+
+
+# Of a sampler: rollouts and an evaluation, a load with its canary, and those who hurry them.
+_CALLS_AT_ONCE = 8
 
 
 @contextmanager
@@ -113,8 +119,11 @@ class _SamplerActor:
     def ready(self) -> str:
         return ray.get_runtime_context().get_node_id()
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
-        return self._sampler.generate(prompts, params)
+    def collect(self, *arguments: Any) -> Finished:
+        return self._sampler.collect(*arguments)
+
+    def hurry(self) -> None:
+        self._sampler.hurry()
 
     def load_weights(self, snapshot: WeightSnapshot, canary: Sequence[tuple[int, ...]]) -> LoadReport:
         start = time.perf_counter()
@@ -148,6 +157,20 @@ def noisy(tensor: Any, deviation: float) -> Any:
     return tensor + (deviation * torch.randn(tensor.shape, generator=generator)).to(tensor)
 
 
+class _SamplerCalls:
+    """What a `Dispatcher` asks of the actors."""
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        self._actors = actors
+
+    def collect(self, sampler: int, *arguments: Any) -> Future[Finished]:
+        found: Future[Finished] = self._actors[sampler].collect.remote(*arguments).future()
+        return found
+
+    def hurry(self, sampler: int) -> None:
+        self._actors[sampler].hurry.remote()
+
+
 class SamplerPool:
     """The samplers. Prompts go only to those whose receipt for the current version is valid.
 
@@ -172,14 +195,17 @@ class SamplerPool:
             actor.options(
                 num_cpus=section.num_cpus,
                 num_gpus=gpus,
-                # A load that waits its turn is all that is needed where updates are not in flight.
-                max_concurrency=4 if rollout.in_flight_updates else 1,
+                max_concurrency=_CALLS_AT_ONCE,
                 runtime_env={"env_vars": engine_environment(section.num_threads, section.kv_cache_gib)},
             ).remote(model, section, seed + index, faults, rollout)
             for index in range(section.num_workers)
         ]
+        self._dispatcher = Dispatcher(_SamplerCalls(self._actors), section.max_num_seqs // rollout.num_generations)
+        self._max_carries = rollout.max_carries
+        self._in_flight_updates = rollout.in_flight_updates
         self._admitted = list(range(section.num_workers))
         self._loading = False
+        self._generating = 0  # calls of `generate` and `generate_enough` that are going on
         self._changed = threading.Condition()
         self.version = -1  # that the samplers have proved to hold
         self._timeout = section.start_timeout_seconds
@@ -204,26 +230,52 @@ class SamplerPool:
         Raises:
             ParityError: no sampler holds a proved copy of the current policy.
         """
+        with self._sampling() as samplers:
+            return self._dispatcher.everything(prompts, params, samplers, self.version)
+
+    def generate_enough(
+        self, prompts: Sequence[Prompt], params: SamplingParams, count: int
+    ) -> list[tuple[Prompt, list[Completion]]]:
+        """Begin these prompts beside those carried, and return as soon as `count` groups are finished.
+
+        The others are carried: the next call goes on with them, by the weights of then. Those that have been carried
+        `rollout.max_carries` times are finished whatever the count.
+
+        Raises:
+            ParityError: see `generate`.
+        """
+        with self._sampling() as samplers:
+            return self._dispatcher.enough(
+                prompts, params, samplers, self.version, count=count, max_carries=self._max_carries
+            )
+
+    @property
+    def carried(self) -> list[Prompt]:
+        """Prompts that were given to `generate_enough` and whose groups it has not returned."""
+        return self._dispatcher.carried
+
+    @contextmanager
+    def _sampling(self) -> Iterator[list[int]]:
+        """The samplers that may be given prompts, for the length of the block."""
         with self._changed:
             self._changed.wait_for(lambda: not self._loading)
             if not self._admitted:
                 raise ParityError("no sampler has a valid receipt for the current version, so none may generate")
-            parts = [list(range(turn, len(prompts), len(self._admitted))) for turn in range(len(self._admitted))]
-            calls = [
-                self._actors[index].generate.remote([prompts[place] for place in part], params)
-                for index, part in zip(self._admitted, parts, strict=True)
-                if part
-            ]
-        completions: list[list[Completion]] = [[] for _ in prompts]
-        for part, result in zip((part for part in parts if part), ray.get(calls), strict=True):
-            for place, group in zip(part, result, strict=True):
-                completions[place] = group
-        return completions
+            samplers = list(self._admitted)
+            self._generating += 1
+        try:
+            yield samplers
+        finally:
+            with self._changed:
+                self._generating -= 1
+                self._changed.notify_all()
 
     def load_weights(self, snapshot: WeightSnapshot, canary: Sequence[tuple[int, ...]]) -> list[LoadReport]:
         """Load a snapshot on every sampler. None gets prompts until `admit`."""
         with self._changed:
             self._admitted, self._loading = [], True
+            if not self._in_flight_updates:
+                self._changed.wait_for(lambda: not self._generating)
         return ray.get([actor.load_weights.remote(snapshot, canary) for actor in self._actors])
 
     def admit(self, version: int, samplers: Sequence[int]) -> None:

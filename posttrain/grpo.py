@@ -57,7 +57,8 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
         num_prompts=recipe.rollout.num_prompts,
         params=job.sampling,
         max_batches=recipe.algorithm.dynamic_sampling_batches,
-        cursor=job.prompts.state,
+        cursor=job.prompt_cursor,
+        carrying=job.carrying,
     )
     steps = range(job.step, recipe.max_steps)
     stream = rollout.stream(source, steps, lambda: job.samplers.version, max_lag=recipe.rollout.max_lag)

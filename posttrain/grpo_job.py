@@ -27,7 +27,7 @@ from posttrain.progress import Progress, before_after_table, paths_written
 from posttrain.recipe import CriticSection, GrpoRecipe, ModelSection
 from posttrain.recipe_file import dump_recipe
 from posttrain.records import load_records
-from posttrain.rollout import Generate, Rollout, Score
+from posttrain.rollout import Carrying, Generate, Rollout, Score
 from posttrain.run_dir import RunDir
 from posttrain.types import Prompt, SamplingParams
 
@@ -96,6 +96,18 @@ class GrpoJob:
                 f"{error}: the curriculum leaves out every prompt; widen curriculum.min_pass_rate and max_pass_rate, set "
                 f"retry_steps, or give other datasets, and go on with --resume"
             ) from error
+
+    def prompt_cursor(self) -> dict[str, Any]:
+        """Of the data; a resumed run begins with the prompts whose groups are not finished."""
+        return self.prompts.state([prompt.id for prompt in self.samplers.carried])
+
+    @property
+    def carrying(self) -> Carrying | None:
+        """With `rollout.oversampling`: how groups are begun and gone on with."""
+        oversampling = self.recipe.rollout.oversampling
+        if oversampling == 1:
+            return None
+        return Carrying(self.samplers.generate_enough, lambda: self.samplers.carried, oversampling)
 
     def end_step(
         self,

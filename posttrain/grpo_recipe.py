@@ -52,6 +52,15 @@ class RolloutSection(Section):
     max_lag: NonNegativeInt = 0  # versions that samples may be older than the policy that trains on them
     in_flight_updates: bool = False  # publish while samplers generate; their completions go on with the new weights
     cache_on_update: Literal["keep", "recompute"] = "keep"  # keys and values of what is being generated then
+    oversampling: Annotated[Number, Field(ge=1, le=2)] = 1.0  # groups in the samplers for each that a step waits for
+    max_carries: PositiveInt = 1  # versions that a group which a step did not wait for may live through
+
+    @property
+    def stale_by(self) -> str:
+        """The key by which samples may be older than the policy that trains on them, and its value; else empty."""
+        if self.max_lag:
+            return f"rollout.max_lag={self.max_lag}"
+        return f"rollout.oversampling={self.oversampling:g}" if self.oversampling > 1 else ""
 
     @model_validator(mode="after")
     def _updates_meet_something(self) -> RolloutSection:
@@ -60,8 +69,17 @@ class RolloutSection(Section):
                 "in_flight_updates with max_lag=0: nothing is being generated when the weights are published; set max_lag: 1 "
                 "or more, or leave it out"
             )
-        if self.cache_on_update == "recompute" and not self.in_flight_updates:
-            raise ValueError("cache_on_update: recompute has no meaning without in_flight_updates; remove it")
+        if self.cache_on_update == "recompute" and not (self.in_flight_updates or self.oversampling > 1):
+            raise ValueError(
+                "cache_on_update: recompute has no meaning without in_flight_updates or oversampling; remove it"
+            )
+        if self.max_carries > 1 and self.oversampling == 1:
+            raise ValueError(f"max_carries={self.max_carries} has no meaning without oversampling; remove it")
+        if self.request_seeds and self.oversampling > 1:
+            raise ValueError(
+                f"oversampling={self.oversampling:g} with request_seeds: which groups are finished first is a matter of the "
+                f"machine, so nothing would repeat; leave one out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -349,12 +367,13 @@ class GrpoRecipe(Recipe):
     def _lag_is_corrected(self) -> GrpoRecipe:
         algorithm = self.algorithm
         uncorrected = algorithm.importance == "none" and algorithm.old_policy == "learner"
-        if self.rollout.max_lag and uncorrected:
+        stale = self.rollout.stale_by
+        if stale and uncorrected:
             raise ValueError(
-                f"rollout.max_lag={self.rollout.max_lag} trains on samples of older policies, uncorrected; set "
+                f"{stale} trains on samples of older policies, uncorrected; set "
                 f"algorithm.importance: truncate (or mask), or algorithm.old_policy: sampler"
             )
-        if self.rollout.max_lag and algorithm.policy_loss == "reinforce" and algorithm.old_policy == "sampler":
+        if stale and algorithm.policy_loss == "reinforce" and algorithm.old_policy == "sampler":
             raise ValueError(
                 "policy_loss: reinforce has no ratio, so old_policy: sampler corrects nothing; set importance: truncate"
             )
@@ -397,6 +416,11 @@ class GrpoRecipe(Recipe):
                     "eval.reward: with an environment its episodes are what is evaluated; remove it, or evaluate single turns "
                     "with python -m eval"
                 )
+        if self.environment is not None and self.rollout.oversampling > 1:
+            raise ValueError(
+                f"rollout.oversampling={self.rollout.oversampling:g} with an environment: episodes are not carried over a "
+                f"publication; set oversampling: 1"
+            )
         if not self.rewards and self.environment is None:
             raise ValueError("rewards: none; name at least one, or an environment")
         if self.critic is not None and self.algorithm.baseline != "critic":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,13 +40,26 @@ class RequestLoop:
     def wait(self, request_ids: Sequence[str]) -> dict[str, Any]:
         """Step the engine until these requests are finished. Returns and forgets their outputs."""
         wanted = set(request_ids)
+        self.wait_until(lambda: wanted <= self.finished)
+        return self.take(request_ids)
+
+    def wait_until(self, enough: Callable[[], bool]) -> None:
+        """Step the engine until `enough`, which is asked after each step, is true."""
         with self._turn:
-            while not wanted <= self._finished.keys():
+            while not enough():
                 if self._stepping or self._interruptions:
                     self._turn.wait()
                 else:
                     self._step()
-            return {request_id: self._finished.pop(request_id) for request_id in request_ids}
+
+    @property
+    def finished(self) -> Set[str]:
+        """Requests whose outputs were not taken yet."""
+        return self._finished.keys()
+
+    def take(self, request_ids: Sequence[str]) -> dict[str, Any]:
+        """The outputs of finished requests, which are forgotten."""
+        return {request_id: self._finished.pop(request_id) for request_id in request_ids}
 
     def _step(self) -> None:
         self._stepping = True

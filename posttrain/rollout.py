@@ -32,6 +32,7 @@ class Rollout:
     reward_metrics: dict[str, Metric]
     complaints: tuple[str, ...]  # of rewards that failed somewhere
     seconds_generate: float
+    carried: int = 0  # groups that were begun and are left for the next one
     cursor: Mapping[str, Any] = field(default_factory=dict)  # of the prompts, after those of this step
 
     @property
@@ -56,7 +57,23 @@ class Rollout:
         lags = [policy_version - version for c in completions for version in c.sampled(c.versions)]
         metrics["lag/max"] = Metric(max(lags), "max")
         metrics["lag/mean"] = Metric(statistics.fmean(lags), "mean")
+        metrics["rollout/carried"] = Metric(self.carried, "mean")
         return {**metrics, **self.reward_metrics}
+
+
+@dataclass(frozen=True)
+class Carrying:
+    """Groups that are gone on with.
+
+    Attributes:
+        enough: begins prompts and returns so many groups, e.g. `SamplerPool.generate_enough`.
+        carried: the prompts of which it has not returned the groups.
+        oversampling: groups in the samplers for each one that is waited for, above 1.
+    """
+
+    enough: Callable[[Sequence[Prompt], SamplingParams, int], Sequence[tuple[Prompt, list[Completion]]]]
+    carried: Callable[[], Sequence[Prompt]]
+    oversampling: float
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,7 @@ class Source:
         max_batches: above 1, groups without signal are replaced by others (DAPO's dynamic sampling), for which up to so many
             batches are sampled; each is about as large as the last one's share of groups with signal makes necessary.
         cursor: the state of `take`, after what it gave last.
+        carrying: with it, more groups are begun than are waited for, and the others gone on with for the next rollout.
     """
 
     take: Callable[[int], Sequence[Prompt]]
@@ -81,6 +99,7 @@ class Source:
     params: SamplingParams
     max_batches: int = 1
     cursor: Callable[[], Mapping[str, Any]] = dict
+    carrying: Carrying | None = None
 
     def rollout(self) -> Rollout:
         """The next one, sampled now."""
@@ -91,8 +110,7 @@ class Source:
         seconds_scoring = 0.0
         wanted = self.num_prompts
         for _ in range(self.max_batches):
-            prompts = self.take(wanted)
-            completions = self.generate(prompts, self.params)
+            prompts, completions = self._sample(wanted)
             scoring = time.perf_counter()
             scored = self.score(prompts, completions)
             seconds_scoring += time.perf_counter() - scoring
@@ -106,7 +124,17 @@ class Source:
             wanted = min(self.num_prompts, math.ceil((self.num_prompts - useful) / share))
         seconds = time.perf_counter() - start - seconds_scoring
         groups = chosen(sampled, self.num_prompts)
-        return Rollout(groups, tuple(sampled), merge(metrics), tuple(complaints), seconds, self.cursor())
+        carried = len(self.carrying.carried()) if self.carrying else 0
+        return Rollout(groups, tuple(sampled), merge(metrics), tuple(complaints), seconds, carried, self.cursor())
+
+    def _sample(self, count: int) -> tuple[Sequence[Prompt], Sequence[list[Completion]]]:
+        """Groups for `count` prompts; which, and maybe some more, with what is carried."""
+        if self.carrying is None:
+            prompts = self.take(count)
+            return prompts, self.generate(prompts, self.params)
+        begin = math.ceil(count * self.carrying.oversampling) - len(self.carrying.carried())
+        groups = self.carrying.enough(self.take(max(0, begin)), self.params, count)
+        return [prompt for prompt, _ in groups], [completions for _, completions in groups]
 
 
 def stream(

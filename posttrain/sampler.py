@@ -1,4 +1,4 @@
-"""The rollout engine: vLLM behind four calls, `generate`, `prompt_logprobs`, `update_weights` and `version`.
+"""The rollout engine: vLLM behind five calls, `generate`, `collect`, `prompt_logprobs`, `update_weights` and `version`.
 
 With `speculative_tokens` the checkpoint's multi-token prediction module drafts tokens that the policy verifies: the same
 text, in fewer steps where drafts are accepted (`speculation_counts`).
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,15 @@ class SpeculationCount:
 
     drafted: int  # verified by the policy
     accepted: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Completions of one prompt that were begun."""
+
+    prompt: Prompt
+    params: SamplingParams
+    request_ids: tuple[str, ...]
 
 
 class Sampler:
@@ -122,6 +131,8 @@ class Sampler:
         self._num_moe_layers = self._rpc("start_routing_capture") if self._on_cpu else 0
         self._speculative_tokens = speculative_tokens
         self._speculation: list[SpeculationCount] = []
+        self._groups: dict[int, _Group] = {}  # begun by `collect` and not returned yet, by ticket
+        self._hurries = 0
         self._set_version(0)
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
@@ -133,6 +144,54 @@ class Sampler:
         Raises:
             ValueError: a prompt leaves no room for a single token, or see `require_exact`.
         """
+        groups = self._begin(prompts, params)
+        finished = self._loop.wait([request_id for group in groups for request_id in group.request_ids])
+        self._speculation = [_speculation(output.outputs[0]) for output in finished.values()]
+        return [self._completions(group, finished) for group in groups]
+
+    def collect(
+        self,
+        new: Sequence[tuple[int, Prompt]],
+        params: SamplingParams,
+        tickets: Collection[int],
+        count: int,
+        due: Collection[int] = (),
+    ) -> list[tuple[int, list[Completion]]]:
+        """Begin groups, and sample until enough are finished. The others stay as they are, to be gone on with by a later call.
+
+        Args:
+            new: (ticket, prompt) pairs to begin; a ticket is the caller's number for a group.
+            params: how to draw them.
+            tickets: the groups to choose from, the new ones among them.
+            count: of groups to finish; all of them where there are fewer.
+            due: groups that are to be finished whatever the count.
+
+        Returns:
+            The groups that are finished, by ticket: fewer than were asked for if `hurry` was called.
+
+        Raises:
+            ValueError: see `generate`.
+        """
+        begun = self._begin([prompt for _, prompt in new], params)
+        self._groups |= dict(zip((ticket for ticket, _ in new), begun, strict=True))
+        hurries, count = self._hurries, min(count, len(tickets))
+
+        def ready() -> list[int]:
+            return [ticket for ticket in tickets if self._loop.finished >= set(self._groups[ticket].request_ids)]
+
+        def enough() -> bool:
+            found = ready()
+            return self._hurries > hurries or (len(found) >= count and set(due) <= set(found))
+
+        self._loop.wait_until(enough)
+        groups = [(ticket, self._groups.pop(ticket)) for ticket in ready()]
+        return [(ticket, self._completions(group, self._loop.take(group.request_ids))) for ticket, group in groups]
+
+    def hurry(self) -> None:
+        """Let every `collect` that runs return after the engine's step."""
+        self._hurries += 1
+
+    def _begin(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[_Group]:
         import vllm
         from vllm.sampling_params import RequestOutputKind
 
@@ -143,9 +202,9 @@ class Sampler:
                     f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens and sampler.max_model_len is "
                     f"{self._max_model_len}: no room for an answer; raise sampler.max_model_len or drop the prompt"
                 )
-        requests: dict[str, int] = {}
+        groups = []
         with self._loop.between_steps():  # once, rather than between each two of them
-            for index, prompt in enumerate(prompts):
+            for prompt in prompts:
                 drawn = vllm.SamplingParams(
                     temperature=params.temperature,
                     top_p=params.top_p,
@@ -157,18 +216,20 @@ class Sampler:
                     flat_logprobs=True,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
+                request_ids = []
                 for number in range(params.num_generations):
                     if params.seed is not None:
                         drawn = drawn.clone()
                         drawn.seed = request_seed(params.seed, prompt.id, self.version, number)
-                    requests[self._loop.add(prompt.token_ids, drawn)] = index
-        finished = self._loop.wait(list(requests))
-        self._speculation = [_speculation(finished[request_id].outputs[0]) for request_id in requests]
-        completions: list[list[Completion]] = [[] for _ in prompts]
-        for request_id, index in requests.items():
-            output = finished[request_id].outputs[0]
-            completions[index].append(self._completion(request_id, prompts[index], output, params))
-        return completions
+                    request_ids.append(self._loop.add(prompt.token_ids, drawn))
+                groups.append(_Group(prompt, params, tuple(request_ids)))
+        return groups
+
+    def _completions(self, group: _Group, finished: Mapping[str, Any]) -> list[Completion]:
+        return [
+            self._completion(request_id, group.prompt, finished[request_id].outputs[0], group.params)
+            for request_id in group.request_ids
+        ]
 
     def speculation_counts(self) -> list[SpeculationCount]:
         """Of each completion of the last `generate`, in order; zeros without speculation."""

@@ -99,6 +99,18 @@ def test_the_stream_passes_over_and_resumes_exactly() -> None:
     assert [prompt.id for prompt in resumed.take(20)] == following
 
 
+def test_what_was_given_out_and_not_used_comes_first_again() -> None:
+    stream = PromptStream(records(), build_tokenizer(), 0)
+    drawn = [prompt.id for prompt in stream.take(6)]
+    state = json.loads(json.dumps(stream.state([drawn[4], drawn[1]])))
+    following = [prompt.id for prompt in stream.take(3)]
+    resumed = PromptStream(records(), build_tokenizer(), 0)
+    resumed.restore(state)
+    assert [prompt.id for prompt in resumed.take(1)] == [drawn[4]]
+    resumed.restore(resumed.state())
+    assert [prompt.id for prompt in resumed.take(4)] == [drawn[1], *following]
+
+
 def test_a_stream_of_which_nothing_is_wanted_says_so() -> None:
     stream = PromptStream(records(), build_tokenizer(), 0, is_wanted=lambda name: False)
     with pytest.raises(ValueError, match="none of the 12 records is wanted"):

@@ -48,6 +48,21 @@ def learner(model, prompt, completion, temperature=1.0, candidates=None):
 def gap(model, prompt, completion, **settings):
     return float((learner(model, prompt, completion, **settings) - torch.tensor(completion.logprobs)).abs().max())
 
+def replayed(completions, models):
+    # Each token's logprob under the version that is said to have sampled it.
+    answer = []
+    for c in completions:
+        versions = torch.tensor(c.token_versions or (c.policy_version,) * len(c.token_ids))
+        of_version = torch.stack([learner(model, ids[:9], c) for model in models])
+        theirs = torch.tensor(c.logprobs)
+        gaps = {int(v): float((of_version[v] - theirs)[versions == v].abs().max()) for v in versions.unique()}
+        # The token before or after a change, under the other version.
+        changes = (versions[1:] != versions[:-1]).nonzero().flatten() + 1
+        crossed = [float((of_version[versions[i - 1], i] - theirs[i]).abs()) for i in changes.tolist()]
+        answer.append({"versions": versions.tolist(), "first": c.policy_version, "gaps": gaps, "crossed": crossed,
+                       "experts": list(c.experts_TLK.shape)})
+    return answer
+
 ids = tuple(int(x) for x in torch.randint(4, 90, (200,), generator=torch.Generator().manual_seed(0)))
 """
 
@@ -153,20 +168,51 @@ for version in (1, 2):
     assert sampler.prompt_logprobs([ids[:20]])[0][1].shape[0] == 19  # a canary, beside what is generated
     updating.clear()
 thread.join()
-answer = []
-for c in result:
-    versions = torch.tensor(c.token_versions or (c.policy_version,) * len(c.token_ids))
-    of_version = torch.stack([learner(model, ids[:9], c) for model in models])
-    theirs = torch.tensor(c.logprobs)
-    gaps = {int(v): float((of_version[v] - theirs)[versions == v].abs().max()) for v in versions.unique()}
-    # The token before or after a change, under the other version.
-    changes = (versions[1:] != versions[:-1]).nonzero().flatten() + 1
-    crossed = [float((of_version[versions[i - 1], i] - theirs[i]).abs()) for i in changes.tolist()]
-    answer.append({"versions": versions.tolist(), "first": c.policy_version, "gaps": gaps, "crossed": crossed,
-                   "experts": list(c.experts_TLK.shape)})
-print(json.dumps(answer))
+print(json.dumps(replayed(result, models)))
 """,
     )
+    check_versions(found, recompute)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_groups_that_are_carried_over_publications(policy_path: Path, recompute: bool) -> None:
+    """Two groups are begun and hurried after ten steps, twice; the policy changes while the engine stands still."""
+    found = in_a_process(
+        policy_path,
+        f"""
+recompute = {recompute}
+"""
+        """
+params = SamplingParams(60, num_generations=3)
+models = [policy, changed(1.2), changed(1.4)]
+engine, steps = sampler._llm.llm_engine, 0
+one_step = engine.step
+def step():
+    global steps
+    steps += 1
+    if steps in (10, 20):
+        sampler.hurry()
+    return one_step()
+engine.step = step
+new, result = [(7, Prompt("a", (), ids[:9])), (8, Prompt("b", (), ids[:9]))], {}
+for version in (1, 2):
+    result |= dict(sampler.collect(new, params, {7, 8} - result.keys(), 2))
+    assert steps == 10 * version
+    sampler.update_weights(list(checkpoint_tensors(models[version])), version, recompute=recompute)
+    new = []
+left = {7, 8} - result.keys()
+first = dict(sampler.collect([(9, Prompt("c", (), ids[:9]))], params, {*left, 9}, 1, due=left))
+assert left <= first.keys()
+result |= first | dict(sampler.collect([], params, {7, 8, 9} - result.keys() - first.keys(), 1))
+assert not sampler._groups and not sampler._loop.finished and result.keys() == {7, 8, 9}
+assert all(c.policy_version == 2 for c in result.pop(9))
+print(json.dumps(replayed([c for group in result.values() for c in group], models)))
+""",
+    )
+    check_versions(found, recompute)
+
+
+def check_versions(found: list[dict[str, Any]], recompute: bool) -> None:
     assert any(len(set(one["versions"])) == 3 for one in found), "no update came while sampling"
     for one in found:
         assert one["versions"] == sorted(one["versions"]) and one["first"] == one["versions"][0] == 0

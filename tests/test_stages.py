@@ -139,8 +139,8 @@ def test_a_renewed_reference_is_kept_for_a_resumed_run(recipe: Path, tmp_path: P
     assert [line["policy/kl_ref"] < 1e-6 for line in metrics(out)] == [True, False, True, False]
 
 
-def test_dynamic_sampling_replaces_groups_without_signal(recipe: Path, tmp_path: Path) -> None:
-    """A reward that tells only some prompts apart: more is sampled than trained on. Parity is measured in training itself."""
+def test_dynamic_sampling_of_groups_that_are_carried(recipe: Path, tmp_path: Path) -> None:
+    """A reward that tells only some prompts apart, more groups than are waited for, and parity measured in training itself."""
     (tmp_path / "some.py").write_text(
         "def score(completion, answer, messages, **metadata):\n"
         "    told_apart = sum(map(ord, messages[-1]['content'])) % 3 == 0\n"
@@ -150,12 +150,15 @@ def test_dynamic_sampling_replaces_groups_without_signal(recipe: Path, tmp_path:
     rewards = f"rewards=[{{func: '{tmp_path}/some.py:score'}}]"
     algorithm = "algorithm={preset: dapo, num_minibatches: 2, old_policy: sampler}"
     keys = [f"output_dir={out}", rewards, algorithm, "parity.measured_on=first_minibatch"]
+    keys += ["rollout.oversampling=1.5", "sampler.max_num_seqs=6", "max_steps=4"]
     code, output = run("posttrain.grpo", str(recipe), *keys)
     assert code == 0, output
     lines = metrics(out)
-    assert (
-        all(4 <= line["groups/sampled"] <= 12 for line in lines) and max(line["groups/sampled"] for line in lines) > 4
-    )
+    assert all(line["groups/sampled"] >= 4 for line in lines) and max(line["groups/sampled"] for line in lines) > 4
+    assert all(line["rollout/carried"] > 0 and line["lag/max"] <= 1 for line in lines)
+    assert lines[0]["lag/max"] == 0 < max(line["mismatch/kl_staleness"] for line in lines)
+    unused = json.loads((out / "checkpoints/latest/progress.json").read_text())["prompts"]["unused"]
+    assert len(unused) == lines[-1]["rollout/carried"]
     assert all(line["optim/steps"] >= 1 for line in lines)
     assert all(
         0 < line["parity/logprob_abs_max"] < 1e-4 and line["parity/routing_agreement"] > 0.9999 for line in lines
