@@ -1,14 +1,19 @@
 """Samples per second of GRPO: this project's loop beside TRL's GRPOTrainer.
 
-    python benchmarks/grpo.py [--model CHECKPOINT] [--steps 24] [--quick] [--levels 2 3] [--length 48]
+    python benchmarks/grpo.py [--problems mixed] [--model CHECKPOINT] [--steps 24] [--quick] [--variants lag trl]
 
-All train the same tiny DeepSeek-V3 from the same checkpoint (that of the quickstart's SFT, which `make quickstart` writes) on
-the same prompts with the same reward: as many prompts, completions per prompt, tokens per completion and optimizer steps per
-batch, the same learning rate, no KL. Each runs in processes of its own, one after the other, with the same two threads in
-sum. The first two steps are warm-up and are left out of the speeds.
+All train the same tiny DeepSeek-V3 from the same checkpoint on the same prompts with the same reward: as many prompts,
+completions per prompt, tokens per completion and optimizer steps per batch, the same learning rate, no KL. Each runs in
+processes of its own, one after the other, with the same two threads in sum. The first two steps are warm-up and are left out
+of the speeds. There are two kinds of problems, each with the policy that a recipe makes for it:
 
-  ours      generation and learning take turns, every token's parity is measured
+  short     letter counting with answers of about equal length (0.9M parameters, `make quickstart`)
+  mixed     three kinds of problems with worked solutions of 10 to 100 tokens, as reasoning is: what most batches wait for is a
+            few long ones (4.8M parameters, `python -m posttrain.sft recipes/tiny/mixed_sft.yaml`)
+
+  ours      generation and learning take turns
   lag       the same with rollout.max_lag: 1, a thread for the sampler and one for the learner
+  carry     lag, with rollout.oversampling: 1.5
   trl       TRL with generation by transformers
   trl-vllm  TRL with vLLM in its own process, where TRL can do that on this machine
 
@@ -37,8 +42,33 @@ from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
 PROMPTS, GENERATIONS, MINIBATCHES, LEARNING_RATE = 16, 8, 2, 1e-4
-SIZE, WARMUP = 8000, 2
+WARMUP = 2
 THREADS = 2
+
+
+@dataclass(frozen=True)
+class Problems:
+    """What is trained on, and by which policy."""
+
+    datasets: tuple[dict[str, Any], ...]
+    length: int  # longest completion, tokens
+    model: str
+
+
+PROBLEMS = {
+    "short": Problems(
+        ({"task": "letter_counting", "levels": [2, 3], "size": 8000},), 48, "runs/quickstart/sft/checkpoints/latest"
+    ),
+    "mixed": Problems(
+        (
+            {"task": "letter_counting", "levels": [1, 2, 3, 4], "size": 3000},
+            {"task": "chain_sum", "levels": [1, 2, 3, 4], "size": 3000},
+            {"task": "products", "levels": [2, 3], "size": 3000},
+        ),
+        128,
+        "runs/mixed_sft/checkpoints/latest",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -47,40 +77,42 @@ class Setting:
 
     model: str
     steps: int
-    levels: tuple[int, ...]  # of the problems
-    length: int  # longest completion, tokens
+    problems: Problems
 
 
-def recipe(setting: Setting, *, lag: int) -> dict[str, Any]:
+def recipe(setting: Setting, *, lag: int, oversampling: float) -> dict[str, Any]:
     threads = 1 if lag else THREADS
+    length = setting.problems.length
     return {
         "stage": "grpo",
         "max_steps": setting.steps,
         "model": {"model_name_or_path": setting.model},
-        "datasets": [{"task": "letter_counting", "levels": list(setting.levels), "size": SIZE}],
+        "datasets": list(setting.problems.datasets),
         "rewards": [{"func": "rewards.task_answer:score", "name": "accuracy"}],
         "rollout": {
             "num_prompts": PROMPTS,
             "num_generations": GENERATIONS,
-            "max_completion_length": setting.length,
+            "max_completion_length": length,
             "max_lag": lag,
+            "oversampling": oversampling,
         },
         "algorithm": {
             "loss_aggregation": "token",
             "beta": 0.0,
             "num_minibatches": MINIBATCHES,
-            "old_policy": "sampler" if lag else "learner",
+            "old_policy": "sampler",
         },
+        "parity": {"measured_on": "first_minibatch"},
         "optimizer": {"learning_rate": LEARNING_RATE, "adam_beta2": 0.999},
-        "sampler": {"num_threads": threads, "max_model_len": setting.length + 64},
-        "learner": {"num_threads": threads, "row_length": max(256, setting.length + 64)},
+        "sampler": {"num_threads": threads, "max_model_len": length + 64},
+        "learner": {"num_threads": threads, "row_length": max(256, length + 64)},
     }
 
 
-def ours(setting: Setting, out: Path, *, lag: int = 0) -> list[dict[str, float]]:
+def ours(setting: Setting, out: Path, *, lag: int = 0, oversampling: float = 1.0) -> list[dict[str, float]]:
     """Run the stage as a user does, and read its metrics."""
     file = out / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe(setting, lag=lag)))
+    file.write_text(yaml.safe_dump(recipe(setting, lag=lag, oversampling=oversampling)))
     run = out / "run"
     command = [sys.executable, "-m", "posttrain.grpo", str(file), f"output_dir={run}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -112,7 +144,7 @@ def trl(setting: Setting, out: Path, *, vllm: bool = False) -> list[dict[str, fl
     from rewards.task_answer import score
 
     torch.set_num_threads(THREADS)
-    records = load_records([DatasetSection(task="letter_counting", levels=setting.levels, size=SIZE)], "train", 0)
+    records = load_records([DatasetSection.model_validate(one) for one in setting.problems.datasets], "train", 0)
     rows = [{"prompt": list(r.messages), "answer": r.answer, "task": r.metadata["task"]} for r in records]
     steps_done: list[dict[str, float]] = []
     current = {"samples": 0.0, "tokens": 0.0, "right": 0.0}
@@ -154,7 +186,7 @@ def trl(setting: Setting, out: Path, *, vllm: bool = False) -> list[dict[str, fl
         per_device_train_batch_size=PROMPTS * GENERATIONS // MINIBATCHES,
         steps_per_generation=MINIBATCHES,
         num_generations=GENERATIONS,
-        max_completion_length=setting.length,
+        max_completion_length=setting.problems.length,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         adam_beta2=0.999,
@@ -188,6 +220,7 @@ def trl(setting: Setting, out: Path, *, vllm: bool = False) -> list[dict[str, fl
 VARIANTS = {
     "ours": lambda setting, out: ours(setting, out),
     "lag": lambda setting, out: ours(setting, out, lag=1),
+    "carry": lambda setting, out: ours(setting, out, lag=1, oversampling=1.5),
     "trl": lambda setting, out: trl(setting, out),
     "trl-vllm": lambda setting, out: trl(setting, out, vllm=True),
 }
@@ -207,7 +240,7 @@ def measured(variant: str, setting: Setting) -> dict[str, Any]:
         "--steps",
         str(setting.steps),
     ]
-    command += ["--length", str(setting.length), "--levels", *map(str, setting.levels)]
+    command += ["--problems", next(name for name, problems in PROBLEMS.items() if problems == setting.problems)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
@@ -280,21 +313,19 @@ def summary(found: dict[str, Any], accuracy: float) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="runs/quickstart/sft/checkpoints/latest")
+    parser.add_argument("--problems", choices=list(PROBLEMS), default="short")
+    parser.add_argument("--model", help="checkpoint, by default the one made for these problems")
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument(
-        "--levels", nargs="+", type=int, default=[2, 3], help="of the problems; mixed ones vary in length"
-    )
-    parser.add_argument("--length", type=int, default=48, help="longest completion, tokens")
     parser.add_argument("--quick", action="store_true", help="5 steps: does it run at all")
     parser.add_argument("--accuracy", type=float, default=0.75, help="what seconds_to_accuracy means")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--run", choices=list(VARIANTS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not (Path(options.model) / "config.json").exists():
-        parser.error(f"{options.model} is no checkpoint; run `make quickstart` first, or give --model")
-    model = str(Path(options.model).resolve())
-    setting = Setting(model, 5 if options.quick else options.steps, tuple(options.levels), options.length)
+    problems = PROBLEMS[options.problems]
+    model = Path(options.model or problems.model).resolve()
+    if not (model / "config.json").exists():
+        parser.error(f"{model} is no checkpoint; make it as --help says, or give --model")
+    setting = Setting(str(model), 5 if options.quick else options.steps, problems)
     if options.run:
         with tempfile.TemporaryDirectory() as out:
             steps = VARIANTS[options.run](setting, Path(out))
