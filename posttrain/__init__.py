@@ -20,7 +20,7 @@ The rooms:
     engines         sampler.py with request_loop.py, vllm_extension.py, decoding.py (vLLM), learner.py (accelerate)
     the policy      model/: load, router, balance, mtp (multi-token prediction), lora, upcycle, policy_files, reward_head
     agreement       wire.py, weights.py (publication and its receipt), parity.py (sampler against learner, token by token)
-    the cluster     cluster.py: the only file that imports ray
+    the cluster     cluster.py: the only file that imports ray; dispatch.py (prompts to samplers), threads.py
     the run         grpo_job.py, rollout.py, checkpoint.py, run_dir.py, metrics.py, progress.py, interrupt.py
 
 One SFT step, as PolicyTrainer takes it:

@@ -33,6 +33,7 @@ from posttrain.recipe import (
     RolloutSection,
     SamplerSection,
 )
+from posttrain.threads import thread_environment
 from posttrain.types import Completion, Prompt, Sample, SamplingParams, TrainBatch
 from posttrain.wire import Digest, LoadReport, WeightSnapshot, canary_sample, to_chunks
 
@@ -346,9 +347,9 @@ class _RankGroup:
         learner.require_accelerator(bool(gpus))
         self.world_size = learner.num_workers
         self._section = learner
-        threads = str(learner.num_threads)
+        threads = thread_environment(learner.num_threads)
         # torch reads its thread settings when it is imported, which unpickling may do before `start` runs.
-        quiet = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+        quiet = {**threads, "TOKENIZERS_PARALLELISM": "false"}
         actor = ray.remote(_RankActor).options(
             num_cpus=learner.num_cpus, num_gpus=gpus, runtime_env={"env_vars": quiet}
         )
@@ -356,7 +357,7 @@ class _RankGroup:
         host, port = ray.get(self._actors[0].address.remote())
         starts = []
         for rank, handle in enumerate(self._actors):
-            environment = {"OMP_NUM_THREADS": threads}
+            environment = dict(threads)
             if self.world_size > 1:
                 environment |= {
                     "RANK": str(rank),

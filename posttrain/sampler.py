@@ -23,6 +23,7 @@ import numpy as np
 
 from posttrain.decoding import completion_text
 from posttrain.request_loop import RequestLoop
+from posttrain.threads import thread_environment
 from posttrain.types import Completion, Prompt, SamplingParams
 
 if TYPE_CHECKING:
@@ -40,10 +41,7 @@ def engine_environment(num_threads: int, kv_cache_gib: float) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "OMP_NUM_THREADS": str(num_threads),
-        # The learner shares the cores: idle threads must sleep, not spin.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "KMP_BLOCKTIME": "0",
+        **thread_environment(num_threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
 
