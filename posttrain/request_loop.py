@@ -15,10 +15,15 @@ class RequestLoop:
     One of those who wait steps the engine for everybody; the others leave as soon as their own requests are finished.
     vLLM counts which version of the weights sampled which token (`CompletionOutput.weight_versions`), provided that the
     label is set while no step runs, as `between_steps` allows.
+
+    Args:
+        engine: vLLM's.
+        run: calls a function, on the thread that the engine's work is to be done on.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, run: Callable[[Callable[[], Any]], Any] = lambda call: call()) -> None:
         self._engine = engine
+        self._run = run
         self._ids = itertools.count()
         self._finished: dict[str, Any] = {}
         self._turn = threading.Condition()
@@ -65,7 +70,7 @@ class RequestLoop:
         self._stepping = True
         self._turn.release()
         try:
-            outputs = self._engine.step()
+            outputs = self._run(self._engine.step)
         finally:
             self._turn.acquire()
             self._stepping = False

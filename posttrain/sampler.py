@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,11 @@ class Sampler:
             require_mtp(model_path)
             settings["speculative_config"] = {"method": "mtp", "num_speculative_tokens": speculative_tokens}
             settings["per_request_spec_decode_metrics"] = "summary"
-        self._llm = LLM(
+        # Each thread that calls OpenMP code has a team of threads of its own, and more of them than there are cores do
+        # not spin: one thread does all the work, whoever asks for it.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._llm = self._run(
+            LLM,
             model=model_path,
             dtype=dtype,
             max_model_len=max_model_len,
@@ -124,7 +129,7 @@ class Sampler:
         )
         self._engine = self._llm.llm_engine
         self._tokenizer = self._llm.get_tokenizer()
-        self._loop = RequestLoop(self._engine)
+        self._loop = RequestLoop(self._engine, self._run)
         self._max_model_len = max_model_len
         self._num_moe_layers = self._rpc("start_routing_capture") if self._on_cpu else 0
         self._speculative_tokens = speculative_tokens
@@ -303,7 +308,10 @@ class Sampler:
         return None if output.routed_experts is None else np.asarray(output.routed_experts, np.int16)[:num_tokens]
 
     def _rpc(self, method: str, *args: Any) -> Any:
-        return self._llm.collective_rpc(method, args=args)[0]
+        return self._run(self._llm.collective_rpc, method, args=args)[0]
+
+    def _run(self, call: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+        return self._thread.submit(call, *args, **settings).result()
 
 
 def request_seed(seed: int, prompt_id: str, version: int, number: int) -> int:
