@@ -1,0 +1,456 @@
+"""What a distillation holds while it runs: the teacher, the rewards, and the journals of what both have said."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import queue
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.distill_data import Problem, Problems, metadata_for_rewards, with_system_prompt
+from posttrain.endpoint_teacher import EndpointTeacher
+from posttrain.errors import RunStopped
+from posttrain.journal import Journal
+from posttrain.metrics import Metric, MetricsLog
+from posttrain.recipe import DistillRecipe, ModelSection, RecipeError, RewardSection, RolloutSection
+from posttrain.recipe_file import dump_recipe
+from posttrain.run_dir import RunDir
+from posttrain.sampler import request_seed
+from posttrain.selection import Answer, Judgement
+from posttrain.teachers import Generation, LocalTeacher, RecordedTeacher, Request, Teacher, checkpoint_digest
+from posttrain.types import SamplingParams
+from rewards.languages import count_words
+from rewards.resolve import resolve
+from rewards.scoring import Item, combine
+
+if TYPE_CHECKING:
+    from posttrain.reward_pool import RewardPool
+
+JOURNAL = "journal"  # in the run directory
+GENERATIONS = "generations.jsonl"  # in the journal
+_DETAIL = 1000  # characters of what a reward says that are kept
+_SECONDS_BETWEEN_LOGS = 5.0
+
+Done = Sequence[tuple[Problem, list[Generation]]]
+
+
+@dataclass
+class DistillJob:
+    """The state of a run. Every answer and every judgement is on disk before it counts."""
+
+    recipe: DistillRecipe
+    run_dir: RunDir
+    problems: Problems
+    teacher: Teacher
+    rewards: RewardPool | None
+    generations: Journal
+    judgements: Journal
+    log: MetricsLog
+    failures: dict[str, str] = field(default_factory=dict)  # sample id -> why there is no answer
+    found: int = 0  # generations that were there at the start
+    started: float = field(default_factory=time.perf_counter)
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    _judged: Counter[str] = field(default_factory=Counter)  # reward -> answers, and "<reward> failed"
+    _logged: float = 0.0
+
+    # --- what is wanted -----------------------------------------------------------------------------------------------
+
+    def requests(self, problem: Problem) -> list[Request]:
+        """All samples of a prompt; the same ones in every run of the recipe."""
+        messages = with_system_prompt(problem.record.messages, self.recipe.generation.system_prompt)
+        prompt_id = problem.record.id
+        names = [
+            f"{prompt_id}#{number}" for number in range(self.teacher.count(problem.record, self.recipe.num_generations))
+        ]
+        return [
+            Request(name, prompt_id, number, messages, request_seed(self.recipe.seed, name, 0, 0))
+            for number, name in enumerate(names)
+        ]
+
+    def missing(self) -> list[Request]:
+        """Samples that are not in the journal.
+
+        Raises:
+            RunStopped: one that is there answers another prompt.
+        """
+        wanted = []
+        for problem in self.problems.asked:
+            requests = self.requests(problem)
+            here = [request for request in requests if request.sample_id in self.generations]
+            if here and self.generations.read(here[0].sample_id)["prompt_digest"] != here[0].prompt_digest:
+                raise RunStopped(
+                    f"{self.generations.path}: {here[0].sample_id} answers another prompt than {problem.record.id} is now; "
+                    f"restore the data, or give another output_dir"
+                )
+            wanted += [request for request in requests if request.sample_id not in self.generations]
+        return wanted
+
+    @cached_property
+    def num_samples(self) -> int:
+        """That can be had of all prompts."""
+        wanted = self.recipe.num_generations
+        return sum(self.teacher.count(problem.record, wanted) for problem in self.problems.asked)
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def answers(self, should_stop: Callable[[], bool]) -> Iterator[Done]:
+        """Prompts whose answers are all there and not all judged, with these answers, as they come.
+
+        Answers are journalled by a thread of their own, so that the teacher works while rewards judge. After a stop, prompts
+        that are not complete are left for a later run.
+
+        Raises:
+            What the teacher raises.
+        """
+        missing = self.missing()
+        waiting: dict[str, int] = Counter(request.prompt_id for request in missing)
+        yield from self.unjudged(problem for problem in self.problems.asked if problem.record.id not in waiting)
+        by_id = {problem.record.id: problem for problem in self.problems.asked if problem.record.id in waiting}
+        for batch in self._arriving(missing, should_stop):
+            for generation in batch:
+                waiting[generation.prompt_id] -= 1
+            complete = dict.fromkeys(g.prompt_id for g in batch if not waiting[g.prompt_id])
+            yield [self._with_answers(by_id.pop(prompt_id)) for prompt_id in complete]
+        if not should_stop():
+            yield from self.unjudged(by_id.values())  # some samples have no answer
+
+    def unjudged(self, problems: Iterable[Problem]) -> Iterator[Done]:
+        """Those of the prompts that have answers to be judged, with their answers, some at a time."""
+        part: list[tuple[Problem, list[Generation]]] = []
+        for problem in problems:
+            found = self._with_answers(problem)
+            if any(self._is_to_be_judged(generation) for generation in found[1]):
+                part.append(found)
+            if len(part) == 64:
+                yield part
+                part = []
+        if part:
+            yield part
+
+    def _with_answers(self, problem: Problem) -> tuple[Problem, list[Generation]]:
+        names = [request.sample_id for request in self.requests(problem)]
+        return problem, [Generation(**self.generations.read(name)) for name in names if name in self.generations]
+
+    def _arriving(self, missing: Sequence[Request], should_stop: Callable[[], bool]) -> Iterator[list[Generation]]:
+        """Generations that were journalled just now, all that have come since the last time."""
+        arrived: queue.SimpleQueue[list[Generation] | BaseException | None] = queue.SimpleQueue()
+        left = threading.Event()
+
+        def take(generations: Sequence[Generation]) -> None:
+            self.generations.append(generation.to_dict() for generation in generations)
+            arrived.put(list(generations))
+
+        def answer() -> None:
+            try:
+                self.failures = self.teacher.answer(missing, take, lambda: left.is_set() or should_stop())
+                arrived.put(None)
+            except BaseException as error:  # handed to whoever asks for the answers
+                arrived.put(error)
+
+        thread = threading.Thread(target=answer, name="teacher", daemon=True)
+        thread.start()
+        try:
+            ended: list[BaseException | None] = []
+            while not ended:
+                batch: list[Generation] = []
+                found = [arrived.get()]
+                while not arrived.empty():
+                    found.append(arrived.get())
+                for one in found:
+                    if isinstance(one, list):
+                        batch += one
+                    else:
+                        ended.append(one)
+                if batch:
+                    yield batch
+            if ended[0] is not None:
+                raise ended[0]
+        finally:
+            left.set()
+            thread.join(self.teacher.closing_seconds)  # what is under way is paid for
+
+    # --- judgements ---------------------------------------------------------------------------------------------------
+
+    def _is_to_be_judged(self, generation: Generation) -> bool:
+        """Whether nothing is known of an answer yet, or a failure of the infrastructure is all that is known."""
+        if not self.recipe.rewards:
+            return False
+        if generation.sample_id not in self.judgements:
+            return True
+        return Judgement(**self.judgements.read(generation.sample_id)["judgement"]).is_unjudged
+
+    def judge(self, done: Done) -> dict[str, Metric]:
+        """Judge what is not judged, and keep what was said.
+
+        Raises:
+            RunStopped: a reward fails on more answers than its `max_failed_fraction` allows.
+        """
+        if self.rewards is None:
+            return {}
+        grouped = any(function.form == "group" for function in self.rewards.functions)
+        wanted: list[list[Generation]] = []
+        items: list[list[Item]] = []
+        for problem, generations in done:
+            new = [generation for generation in generations if self._is_to_be_judged(generation)]
+            if new and grouped:
+                new = generations  # which are compared with one another
+            if new:
+                wanted.append(new)
+                items.append([_item(problem, generation) for generation in new])
+        if not items:
+            return {}
+        judged = self.rewards.judge(items)
+        rows = []
+        for place, generations in enumerate(wanted):
+            results = [column[place] for column in judged.results]  # [F][G]
+            totals, _ = combine(self.rewards.functions, list(zip(*results, strict=True)))
+            for number, generation in enumerate(generations):
+                said = {
+                    function.name: column[number]
+                    for function, column in zip(self.rewards.functions, results, strict=True)
+                }
+                judgement = {
+                    "reward": totals[number],
+                    "scores": {name: result.score for name, result in said.items()},
+                    "statuses": {name: result.status for name, result in said.items()},
+                    "details": {name: result.detail[:_DETAIL] for name, result in said.items()},
+                }
+                rows.append({"sample_id": generation.sample_id, "judgement": judgement})
+        self.judgements.append(rows)
+        self._require_working(rows, judged.complaints)
+        return judged.metrics
+
+    def _require_working(self, rows: Sequence[Mapping[str, Any]], complaints: Mapping[str, str]) -> None:
+        """A reward that fails on most answers of the run so far is broken."""
+        for section in self.recipe.rewards:
+            statuses = [row["judgement"]["statuses"][section.label] for row in rows]
+            self._judged[section.label] += len(statuses)
+            self._judged[f"{section.label} failed"] += sum(s in ("crash", "infrastructure") for s in statuses)
+            failed, total = self._judged[f"{section.label} failed"], self._judged[section.label]
+            if failed > section.max_failed_fraction * total:
+                raise RunStopped(
+                    f"reward {section.label!r} failed on {failed} of {total} answers, more than max_failed_fraction="
+                    f"{section.max_failed_fraction:g} allows; the last time: {complaints.get(section.label, 'see above')}; "
+                    f"mend it and go on with --resume, which judges again what could not be judged"
+                )
+
+    # --- all of it ----------------------------------------------------------------------------------------------------
+
+    def judged_answers(self, problem: Problem) -> list[Answer]:
+        """The answers of a prompt, undecided."""
+        _, generations = self._with_answers(problem)
+        return [Answer(generation, self._judgement(generation.sample_id)) for generation in generations]
+
+    def _judgement(self, sample_id: str) -> Judgement:
+        if not self.recipe.rewards:
+            return Judgement()
+        return Judgement(**self.judgements.read(sample_id)["judgement"])
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens of all generations in the journal, what they cost (None without prices), and the requests of this run."""
+        tokens: Counter[str] = Counter()
+        for name in self.generations:
+            row = self.generations.read(name)
+            tokens["prompt_tokens"] += row["prompt_tokens"] or 0
+            tokens["completion_tokens"] += row["completion_tokens"] or 0
+        used: dict[str, Any] = {name: tokens[name] for name in ("prompt_tokens", "completion_tokens")}
+        used["cost"] = None
+        if isinstance(self.teacher, EndpointTeacher):
+            cost = self.teacher.cost(tokens["prompt_tokens"], tokens["completion_tokens"])
+            used["cost"] = cost if self.teacher.has_prices else None
+            used |= {f"{name}_of_this_run": self.teacher.endpoint.counts[name] for name in ("requests", "retries")}
+        return used
+
+    def report(self, done: Done, judged: Mapping[str, Metric]) -> tuple[int, dict[str, Metric]]:
+        """How far the run is, in answers, and the metrics of those that came last; logged now and then."""
+        generations = [generation for _, answers in done for generation in answers]
+        lengths = [g.completion_tokens for g in generations if g.completion_tokens is not None]
+        new = len(self.generations) - self.found
+        seconds = time.perf_counter() - self.started
+        metrics = {
+            **judged,
+            "distill/generated": Metric(len(self.generations), "last"),
+            "throughput/samples_per_second": Metric(new / seconds, "last"),
+        }
+        if lengths:
+            cut = sum(g.finish_reason == "length" for g in generations)
+            metrics["completion/length_mean"] = Metric(sum(lengths) / len(lengths), "mean")
+            metrics["completion/truncated_fraction"] = Metric(cut / len(generations), "mean")
+        if self.recipe.rewards and generations:
+            totals = [self._judgement(g.sample_id).reward or 0.0 for g in generations]
+            metrics["reward/mean"] = Metric(sum(totals) / len(totals), "mean")
+        if isinstance(self.teacher, EndpointTeacher) and self.teacher.has_prices:
+            metrics["distill/cost"] = Metric(self.teacher.spent, "last")
+        step = len(self.generations)
+        now = time.perf_counter()
+        if now - self._logged > _SECONDS_BETWEEN_LOGS or step >= self.num_samples:
+            self._logged = now
+            self.log.log(step, metrics)
+        self.metrics = metrics
+        return step, metrics
+
+
+def _item(problem: Problem, generation: Generation) -> Item:
+    metadata = metadata_for_rewards(problem.record, generation.finish_reason, generation.completion_tokens)
+    return Item(generation.completion, problem.record.answer, metadata)
+
+
+# --- putting it together ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def start(recipe: DistillRecipe, run_dir: RunDir, problems: Problems, *, resume: bool) -> Iterator[DistillJob]:
+    """Start the teacher and the rewards, open the journals, and stop all of it at the end.
+
+    Raises:
+        RunStopped: no prompts, an earlier run's answers are there, or with --resume none are or others.
+        RecipeError: a prompt that the teacher's template cannot write, or an unknown language.
+    """
+    _check_rules(recipe)
+    if not problems.asked:
+        raise RunStopped(
+            f"no prompt is left to be answered: {problems.counts}; give other datasets, or look at selection and at "
+            f"{run_dir.path / 'contaminated.jsonl'}"
+        )
+    path = run_dir.path / JOURNAL / GENERATIONS
+    if resume and not path.exists():
+        raise RunStopped(f"--resume: there is no {path}; start without --resume")
+    if not resume and path.exists():
+        raise RunStopped(
+            f"{path} holds answers of an earlier run: add --resume, or give another output_dir, or delete {run_dir.path}"
+        )
+    teacher = build_teacher(recipe)
+    _leave_out_too_long(problems, teacher, recipe)
+    with ExitStack() as stack:
+        common = {
+            "teacher": {"kind": teacher.kind, "name": teacher.name, "version": teacher.version},
+            "sampling": teacher.sampling,
+            "system_prompt": recipe.generation.system_prompt,
+            "seed": recipe.seed,
+        }
+        generations = Journal(path, "sample_id", common)
+        stack.callback(generations.close)
+        fingerprint = _of_rewards(recipe.rewards)
+        judgements = Journal(
+            path.with_name(f"judgements-{_digest(fingerprint)[:8]}.jsonl"), "sample_id", {"rewards": fingerprint}
+        )
+        stack.callback(judgements.close)
+        run_dir.write_recipe(dump_recipe(recipe))
+        run_dir.write_environment(recipe.seed)
+        log = MetricsLog(run_dir.path, recipe.report_to, resume_step=len(generations) if resume else None)
+        stack.callback(log.close)
+        job = DistillJob(recipe, run_dir, problems, teacher, None, generations, judgements, log, found=len(generations))
+        job.missing()  # refuses answers to other prompts before engines are started
+        _start_engines(job, stack)
+        job.started = time.perf_counter()
+        yield job
+
+
+def build_teacher(recipe: DistillRecipe) -> Teacher:
+    """The teacher, not started.
+
+    Raises:
+        ValueError: recordings that cannot be read.
+    """
+    drawn = recipe.generation
+    if recipe.teacher.endpoint is not None:
+        return EndpointTeacher(recipe.teacher.endpoint, drawn)
+    if recipe.teacher.recordings is not None:
+        return RecordedTeacher(recipe.teacher.recordings)
+    from data.chat import render_prompt
+    from posttrain.model.load import load_tokenizer
+
+    model, sampler = recipe.teacher.model, recipe.sampler
+    assert model is not None and model.model_name_or_path is not None
+    name, trust = model.model_name_or_path, model.trust_remote_code
+    tokenizer = load_tokenizer(name, trust_remote_code=trust)
+    return LocalTeacher(
+        name,
+        checkpoint_digest(name, trust_remote_code=trust),
+        lambda messages: render_prompt(tokenizer, messages),
+        SamplingParams(drawn.max_completion_length, drawn.temperature, drawn.top_p, drawn.top_k, 1, recipe.seed),
+        max_model_len=sampler.max_model_len,
+        in_flight=sampler.num_workers * sampler.max_num_seqs,
+    )
+
+
+def _start_engines(job: DistillJob, stack: ExitStack) -> None:
+    """Ray with the teacher's workers and the rewards' actors, as far as either is needed."""
+    recipe, teacher = job.recipe, job.teacher
+    is_local = isinstance(teacher, LocalTeacher)
+    if isinstance(teacher, EndpointTeacher):
+        teacher.num_samples = job.num_samples
+        teacher.spent = float(job.usage()["cost"] or 0.0)
+    is_complete = not job.missing() and not any(True for _ in job.unjudged(job.problems.asked))
+    if is_complete or not (is_local or recipe.rewards):
+        return
+    from posttrain.cluster import SamplerPool, session
+    from posttrain.reward_pool import RewardPool
+
+    workers = recipe.sampler.num_workers * recipe.sampler.num_cpus if is_local else 0
+    judges = sum(reward.num_workers * reward.num_cpus for reward in recipe.rewards)
+    stack.enter_context(session(recipe.ray_address, workers + judges))
+    if recipe.rewards:
+        job.rewards = RewardPool(recipe.rewards)
+        stack.callback(job.rewards.stop)
+    if isinstance(teacher, LocalTeacher) and job.missing():
+        assert recipe.teacher.model is not None
+        rollout = RolloutSection(num_generations=1, top_k=recipe.generation.top_k)
+        teacher.pool = SamplerPool(_absolute(recipe.teacher.model), recipe.sampler, recipe.seed, rollout=rollout)
+        teacher.pool.wait_until_ready()
+
+
+def _absolute(model: ModelSection) -> ModelSection:
+    """Workers have another working directory."""
+    path = Path(str(model.model_name_or_path)).expanduser()
+    return model.model_copy(update={"model_name_or_path": str(path.resolve())}) if path.exists() else model
+
+
+def _check_rules(recipe: DistillRecipe) -> None:
+    if recipe.rejection.language is not None:
+        try:
+            count_words("", recipe.rejection.language.language)
+        except ValueError as error:
+            raise RecipeError(f"rejection.language.language: {error}") from None
+
+
+def _leave_out_too_long(problems: Problems, teacher: Teacher, recipe: DistillRecipe) -> None:
+    """Prompts that the teacher has no room to answer."""
+    prompt = recipe.generation.system_prompt
+    try:
+        fits = [teacher.reads_whole(with_system_prompt(p.record.messages, prompt)) for p in problems.asked]
+    except ValueError as error:
+        raise RecipeError(f"teacher: {error}") from error
+    asked = [problem for problem, is_read in zip(problems.asked, fits, strict=True) if is_read]
+    problems.counts["too_long"] = len(problems.asked) - len(asked)
+    problems.asked = asked
+    if not asked:
+        raise RunStopped("every prompt is too long for the teacher: raise sampler.max_model_len")
+    if not any(teacher.count(problem.record, recipe.num_generations) for problem in asked):
+        raise RunStopped(
+            f"{teacher.name} holds no answer to any of the {len(asked)} prompts: rows belong to a prompt by prompt_id, or by "
+            f"the text in prompt; name these columns in teacher.recordings.columns"
+        )
+
+
+def _of_rewards(sections: Sequence[RewardSection]) -> list[dict[str, Any]]:
+    """What judgements depend on: the rewards as the recipe has them, and the files of their functions."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for section in sections:
+        source = inspect.getsourcefile(inspect.unwrap(resolve(section.func)))
+        code = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
+        found["rewards"].append({**section.model_dump(mode="json"), "code": code})
+    return found["rewards"]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
