@@ -93,7 +93,7 @@ class Journal:
             ) from None
 
     def _read(self, header: Mapping[str, Any]) -> None:
-        offset = 0
+        offset, is_ended = 0, True
         for number, line in enumerate(self._file_lines(), 1):
             try:
                 row = json.loads(line)
@@ -108,9 +108,9 @@ class Journal:
             else:
                 self._index[str(row[self._key])] = (offset, len(line))
             offset += len(line)
-            if not line.endswith(b"\n"):
-                os.pwrite(self._file.fileno(), b"\n", offset)
-                offset += 1
+            is_ended = line.endswith(b"\n")
+        if offset and not is_ended:  # after the loop, which would read it as a line
+            offset += os.pwrite(self._file.fileno(), b"\n", offset)
         if not offset:  # made, and then lost its content
             offset = os.pwrite(self._file.fileno(), _line(header), 0)
         self._end = offset
