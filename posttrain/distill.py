@@ -27,6 +27,7 @@ from posttrain.endpoint_teacher import require_key
 from posttrain.errors import RunStopped
 from posttrain.interrupt import graceful_stop
 from posttrain.progress import Progress, paths_written
+from posttrain.recipe import RecipeError
 from posttrain.run_dir import RunDir
 from posttrain.selection import Selector
 
@@ -40,7 +41,10 @@ def run(recipe: DistillRecipe, *, resume: bool = False) -> int:
     if recipe.teacher.endpoint is not None:
         require_key(recipe.teacher.endpoint)
     run_dir = RunDir(recipe.run_dir)
-    problems = load_problems(recipe)
+    try:
+        problems = load_problems(recipe)
+    except ValueError as error:
+        raise RecipeError(f"datasets: {error}") from error
     write_contaminated(run_dir.path, problems)
     with distill_job.start(recipe, run_dir, problems, resume=resume) as job:
         with graceful_stop() as stop, Progress("distill", job.num_samples) as progress:

@@ -328,7 +328,10 @@ def start(recipe: DistillRecipe, run_dir: RunDir, problems: Problems, *, resume:
         raise RunStopped(
             f"{path} holds answers of an earlier run: add --resume, or give another output_dir, or delete {run_dir.path}"
         )
-    teacher = build_teacher(recipe)
+    try:
+        teacher = build_teacher(recipe)
+    except ValueError as error:
+        raise RecipeError(f"teacher: {error}") from error
     _leave_out_too_long(problems, teacher, recipe)
     with ExitStack() as stack:
         common = {

@@ -18,7 +18,13 @@ GOOD = "<think>two and two are four</think><answer>4</answer>"
 
 
 def answer(
-    text: str = GOOD, score: float = 1.0, *, number: int = 0, tokens: int | None = 10, finish: str | None = "stop", **more: Any
+    text: str = GOOD,
+    score: float = 1.0,
+    *,
+    number: int = 0,
+    tokens: int | None = 10,
+    finish: str | None = "stop",
+    **more: Any,
 ) -> Answer:
     generation = Generation(f"p#{number}", "p", number, "d", text, finish, 5, tokens, number, "t", "v")
     statuses = {"accuracy": more.pop("status", "ok")}
@@ -62,7 +68,11 @@ def reasons(found: Answer) -> list[str]:
         ({"language": {"language": "en"}}, answer("We add the two numbers and find the result."), []),
         ({"language": {"language": "en"}}, answer("我们把两个数字加起来 and find the result."), ["language"]),
         ({"language": {"language": "en"}}, answer("12 + 30 = 42"), []),
-        ({"format": "think_answer", "length": {"max_tokens": 1}}, answer("x", finish="length"), ["truncated", "format", "length"]),
+        (
+            {"format": "think_answer", "length": {"max_tokens": 1}},
+            answer("x", finish="length"),
+            ["truncated", "format", "length"],
+        ),
     ],
 )  # fmt: skip
 def test_each_rule(rules: dict[str, Any], given: Answer, expected: list[str]) -> None:
