@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,12 @@ def run(recipe: DistillRecipe, *, resume: bool = False) -> int:
         raise RecipeError(f"datasets: {error}") from error
     write_contaminated(run_dir.path, problems)
     with distill_job.start(recipe, run_dir, problems, resume=resume) as job:
-        with graceful_stop() as stop, Progress("distill", job.num_samples) as progress:
-            for done in job.answers(lambda: stop.requested):
+        with (
+            graceful_stop() as stop,
+            Progress("distill", job.num_samples) as progress,
+            closing(job.answers(lambda: stop.requested)) as answers,
+        ):
+            for done in answers:
                 judged = job.judge(done)
                 progress.update(*job.report(done, judged))
         if stop:

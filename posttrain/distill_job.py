@@ -9,8 +9,8 @@ import queue
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -102,7 +102,7 @@ class DistillJob:
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
-    def answers(self, should_stop: Callable[[], bool]) -> Iterator[Done]:
+    def answers(self, should_stop: Callable[[], bool]) -> Generator[Done, None, None]:
         """Prompts whose answers are all there and not all judged, with these answers, as they come.
 
         Answers are journalled by a thread of their own, so that the teacher works while rewards judge. After a stop, prompts
@@ -115,11 +115,12 @@ class DistillJob:
         waiting: dict[str, int] = Counter(request.prompt_id for request in missing)
         yield from self.unjudged(problem for problem in self.problems.asked if problem.record.id not in waiting)
         by_id = {problem.record.id: problem for problem in self.problems.asked if problem.record.id in waiting}
-        for batch in self._arriving(missing, should_stop):
-            for generation in batch:
-                waiting[generation.prompt_id] -= 1
-            complete = dict.fromkeys(g.prompt_id for g in batch if not waiting[g.prompt_id])
-            yield [self._with_answers(by_id.pop(prompt_id)) for prompt_id in complete]
+        with closing(self._arriving(missing, should_stop)) as arriving:
+            for batch in arriving:
+                for generation in batch:
+                    waiting[generation.prompt_id] -= 1
+                complete = dict.fromkeys(g.prompt_id for g in batch if not waiting[g.prompt_id])
+                yield [self._with_answers(by_id.pop(prompt_id)) for prompt_id in complete]
         if not should_stop():
             yield from self.unjudged(by_id.values())  # some samples have no answer
 
@@ -140,7 +141,9 @@ class DistillJob:
         names = [request.sample_id for request in self.requests(problem)]
         return problem, [Generation(**self.generations.read(name)) for name in names if name in self.generations]
 
-    def _arriving(self, missing: Sequence[Request], should_stop: Callable[[], bool]) -> Iterator[list[Generation]]:
+    def _arriving(
+        self, missing: Sequence[Request], should_stop: Callable[[], bool]
+    ) -> Generator[list[Generation], None, None]:
         """Generations that were journalled just now, all that have come since the last time."""
         arrived: queue.SimpleQueue[list[Generation] | BaseException | None] = queue.SimpleQueue()
         left = threading.Event()

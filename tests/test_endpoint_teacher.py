@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,33 @@ def test_requests_come_no_faster_than_asked(tmp_path: Path) -> None:
         assert main([*words, "teacher.endpoint.requests_per_minute=600", "teacher.endpoint.send_seed=false"]) == 0
     assert "seed" not in server.requests[0]
     assert len(times) == 12 and max(times) - min(times) >= 11 * 0.1 - 0.05
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_ended_goes_on_with_what_is_missing(tmp_path: Path, number: signal.Signals) -> None:
+    def answer(request: dict[str, Any], number: int) -> tuple[int, dict[str, str], bytes]:
+        time.sleep(0.2)
+        return 200, {}, body(f"{request['seed']}")
+
+    out, journal = tmp_path / "run", tmp_path / "run/journal/generations.jsonl"
+    with Scripted(answer) as server:
+        recipe = write_recipe(tmp_path, server.url)
+        command = Command("posttrain.distill", str(recipe), f"output_dir={out}")
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 6:
+            assert command.process.poll() is None, command.process.communicate()[0]
+            time.sleep(0.01)
+        command.process.send_signal(number)
+        code, output = command.finish()
+        kept, asked = journal.read_bytes().count(b"\n") - 1, len(server.requests)
+        assert 5 <= kept <= asked < 20
+        if number == signal.SIGINT:
+            assert code == 130 and kept == asked, output  # what was under way came home
+            assert not json.loads((out / "summary.json").read_text())["finished"]
+        assert main([str(recipe), f"output_dir={out}", "--resume"]) == 0
+        seeds = Counter(request["seed"] for request in server.requests)
+    assert len(seeds) == 20
+    assert len(server.requests) == 20 + asked - kept <= 24  # only what was under way is asked for again
+    assert {row["completion"] for row in generations(out)} == {str(seed) for seed in seeds}
 
 
 # --- vLLM's own server ------------------------------------------------------------------------------------------------
