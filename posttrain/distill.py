@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.report import write_report
-from posttrain import distill_job
+from posttrain import distill_setup
 from posttrain.cli import run_stage
 from posttrain.data_card import Counts, make_card, show, write_card
 from posttrain.distill_data import load_problems, write_contaminated
@@ -47,7 +47,7 @@ def run(recipe: DistillRecipe, *, resume: bool = False) -> int:
     except ValueError as error:
         raise RecipeError(f"datasets: {error}") from error
     write_contaminated(run_dir.path, problems)
-    with distill_job.start(recipe, run_dir, problems, resume=resume) as job:
+    with distill_setup.start(recipe, run_dir, problems, resume=resume) as job:
         with (
             graceful_stop() as stop,
             Progress("distill", job.num_samples) as progress,
