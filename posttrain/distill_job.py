@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ from posttrain.run_dir import RunDir
 from posttrain.sampler import request_seed
 from posttrain.selection import Answer, Judgement
 from posttrain.teachers import Generation, Request, Teacher
-from rewards.scoring import Item, combine
+from posttrain.types import RewardResult
+from rewards.scoring import Item, RewardFunction, combine
 
 if TYPE_CHECKING:
     from posttrain.reward_pool import RewardPool
@@ -41,6 +42,7 @@ class DistillJob:
     run_dir: RunDir
     problems: Problems
     teacher: Teacher
+    functions: Sequence[RewardFunction]
     rewards: RewardPool | None
     generations: Journal
     judgements: Journal
@@ -179,7 +181,7 @@ class DistillJob:
             return False
         if generation.sample_id not in self.judgements:
             return True
-        return Judgement(**self.judgements.read(generation.sample_id)["judgement"]).is_unjudged
+        return self._judgement(generation.sample_id).is_unjudged
 
     def judge(self, done: Done) -> dict[str, Metric]:
         """Judge what is not judged, and keep what was said.
@@ -189,7 +191,7 @@ class DistillJob:
         """
         if self.rewards is None:
             return {}
-        grouped = any(function.form == "group" for function in self.rewards.functions)
+        grouped = any(function.form == "group" for function in self.functions)
         wanted: list[list[Generation]] = []
         items: list[list[Item]] = []
         for problem, generations in done:
@@ -202,22 +204,17 @@ class DistillJob:
         if not items:
             return {}
         judged = self.rewards.judge(items)
-        rows = []
-        for place, generations in enumerate(wanted):
-            results = [column[place] for column in judged.results]  # [F][G]
-            totals, _ = combine(self.rewards.functions, list(zip(*results, strict=True)))
-            for number, generation in enumerate(generations):
-                said = {
-                    function.name: column[number]
-                    for function, column in zip(self.rewards.functions, results, strict=True)
-                }
-                judgement = {
-                    "reward": totals[number],
-                    "scores": {name: result.score for name, result in said.items()},
-                    "statuses": {name: result.status for name, result in said.items()},
-                    "details": {name: result.detail[:_DETAIL] for name, result in said.items()},
-                }
-                rows.append({"sample_id": generation.sample_id, "judgement": judgement})
+        rows = [
+            {
+                "sample_id": generation.sample_id,
+                "said": {
+                    function.name: {**asdict(column[place][number]), "detail": column[place][number].detail[:_DETAIL]}
+                    for function, column in zip(self.functions, judged.results, strict=True)
+                },
+            }
+            for place, generations in enumerate(wanted)
+            for number, generation in enumerate(generations)
+        ]
         self.judgements.append(rows)
         self._require_working(rows, judged.complaints)
         return judged.metrics
@@ -225,7 +222,7 @@ class DistillJob:
     def _require_working(self, rows: Sequence[Mapping[str, Any]], complaints: Mapping[str, str]) -> None:
         """A reward that fails on most answers of the run so far is broken."""
         for section in self.recipe.rewards:
-            statuses = [row["judgement"]["statuses"][section.label] for row in rows]
+            statuses = [row["said"][section.label]["status"] for row in rows]
             self._judged[section.label] += len(statuses)
             self._judged[f"{section.label} failed"] += sum(s in ("crash", "infrastructure") for s in statuses)
             failed, total = self._judged[f"{section.label} failed"], self._judged[section.label]
@@ -246,7 +243,15 @@ class DistillJob:
     def _judgement(self, sample_id: str) -> Judgement:
         if not self.recipe.rewards:
             return Judgement()
-        return Judgement(**self.judgements.read(sample_id)["judgement"])
+        said = {name: RewardResult(**result) for name, result in self.judgements.read(sample_id)["said"].items()}
+        # Weights, clips and requirements are the recipe's of now: changing them judges nothing again.
+        totals, _ = combine(self.functions, [[said[function.name] for function in self.functions]])
+        return Judgement(
+            totals[0],
+            {name: result.score for name, result in said.items()},
+            {name: result.status for name, result in said.items()},
+            {name: result.detail for name, result in said.items()},
+        )
 
     def usage(self) -> dict[str, Any]:
         """Tokens of all generations in the journal, what they cost (None without prices), and the requests of this run."""

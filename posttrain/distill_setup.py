@@ -19,6 +19,7 @@ from posttrain.journal import Journal
 from posttrain.metrics import MetricsLog
 from posttrain.recipe import DistillRecipe, ModelSection, RecipeError, RewardSection, RolloutSection
 from posttrain.recipe_file import dump_recipe
+from posttrain.reward_setup import build_rewards
 from posttrain.run_dir import RunDir
 from posttrain.teachers import LocalTeacher, RecordedTeacher, Teacher, checkpoint_digest
 from posttrain.types import SamplingParams
@@ -27,6 +28,7 @@ from rewards.resolve import resolve
 
 JOURNAL = "journal"  # in the run directory
 GENERATIONS = "generations.jsonl"  # in the journal
+_SCORED_BY = ("func", "kwargs", "timeout_seconds", "on_timeout", "on_crash")  # keys of a reward
 
 
 @contextmanager
@@ -73,7 +75,10 @@ def start(recipe: DistillRecipe, run_dir: RunDir, problems: Problems, *, resume:
         run_dir.write_environment(recipe.seed)
         log = MetricsLog(run_dir.path, recipe.report_to, resume_step=len(generations) if resume else None)
         stack.callback(log.close)
-        job = DistillJob(recipe, run_dir, problems, teacher, None, generations, judgements, log, found=len(generations))
+        functions = build_rewards(recipe.rewards)
+        job = DistillJob(
+            recipe, run_dir, problems, teacher, functions, None, generations, judgements, log, found=len(generations)
+        )
         job.missing()  # refuses answers to other prompts before engines are started
         _start_engines(job, stack)
         job.started = time.perf_counter()
@@ -168,12 +173,13 @@ def _leave_out_too_long(problems: Problems, teacher: Teacher, recipe: DistillRec
 
 
 def _of_rewards(sections: Sequence[RewardSection]) -> list[dict[str, Any]]:
-    """What judgements depend on: the rewards as the recipe has them, and the files of their functions."""
+    """What scores depend on: functions, the files they are in, and options; not how scores are put together."""
     found = []
     for section in sections:
         source = inspect.getsourcefile(inspect.unwrap(resolve(section.func)))
         code = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
-        found.append({**section.model_dump(mode="json"), "code": code})
+        scored_by = section.model_dump(mode="json", include=set(_SCORED_BY))
+        found.append({"label": section.label, **scored_by, "code": code})
     return found
 
 

@@ -191,6 +191,63 @@ def test_what_is_refused_before_work(
     assert not (out / "journal").exists()
 
 
+OUTAGE = """
+from pathlib import Path
+from rewards import Unavailable, grouped
+
+home = Path(__file__).parent
+
+def score(completion, answer, **metadata):
+    with (home / "calls.txt").open("a") as file:
+        file.write(completion + "\\n")
+    if "<think>a" in completion and not (home / "mended").exists():
+        raise Unavailable("the judge is away")
+    return float(f"<answer>{answer}</answer>" in completion)
+
+@grouped
+def shortest(completions, answer, **metadata):
+    assert metadata["finish_reason"] == ["stop"] * 3
+    return [float(len(text) == min(map(len, completions))) for text in completions]
+"""
+
+
+@pytest.mark.slow
+def test_what_could_not_be_judged_is_not_wrong_and_is_judged_again(recorded: Path, tmp_path: Path) -> None:
+    (tmp_path / "outage.py").write_text(OUTAGE)
+    out, calls = tmp_path / "run", tmp_path / "calls.txt"
+    judge = f"{{func: '{tmp_path}/outage.py:score', name: right, retries: 0, max_failed_fraction: 0.4}}"
+    other = f"{{func: '{tmp_path}/outage.py:shortest', name: short, weight: 0}}"
+    words = [str(recorded), f"output_dir={out}", "rejection={correctness: {right: 1}}", f"rewards=[{judge}]"]
+    assert main(words) == 0
+    rows = rows_of(out / "samples/generations.parquet")
+    away = [row for row in rows if row["reason"] == "unjudged"]
+    assert len(away) == 9 and {row["status/right"] for row in away} == {"infrastructure"}
+    assert all(row["reasons"] == ["unjudged"] and "the judge is away" in row["reason_details"][0] for row in away)
+    assert [row["kept"] for row in rows[:3]] == [True, False, False]
+    assert len(calls.read_text().splitlines()) == 27
+
+    assert main([*words[:3], f"rewards=[{judge.replace('0.4', '0.3')}]", "--resume"]) == 3  # too many failures now
+    (tmp_path / "mended").touch()
+    assert main([*words, "--resume"]) == 0
+    assert (
+        len(calls.read_text().splitlines()) == 27 + 27 + 9
+    )  # another limit is another reward; then only what was open
+    reasons = json.loads((out / "data_card.json").read_text())["funnel"]["reasons"]
+    assert reasons["correctness"] == {"first": 18, "any": 18} and "unjudged" not in reasons
+
+    assert main([*words[:3], f"rewards=[{judge.replace('right,', 'right, weight: 2,')}]", "--resume"]) == 0
+    assert rows_of(out / "samples/generations.parquet")[0]["reward"] == 2.0
+    assert len(calls.read_text().splitlines()) == 27 + 9 + 9  # a weight judges nothing
+
+    assert main([*words[:3], f"rewards=[{judge}, {other}]", "--resume"]) == 0
+    rows = rows_of(out / "samples/generations.parquet")
+    assert [row["reward/short"] for row in rows[:3]] == [
+        0.0,
+        0.0,
+        1.0,
+    ]  # a prompt's answers are compared with each other
+
+
 # --- a checkpoint on vLLM workers -------------------------------------------------------------------------------------
 
 LOCAL = """
