@@ -95,9 +95,16 @@ def _stage(directory: Path) -> dict[str, Any]:
 
 
 def _samples(directory: Path) -> list[dict[str, Any]]:
-    """Some completions of the first and the last step, or of the evaluations where nothing was rolled out."""
-    import pyarrow.parquet as pq
-
-    files = sorted(directory.glob("step-*.parquet")) or sorted(directory.glob("eval-*.parquet"))
+    """Some completions of the first and the last step, or of the evaluations or a teacher where nothing was rolled out."""
+    kinds = ("step-*.parquet", "eval-*.parquet", "generations.parquet")
+    files = next((found for kind in kinds if (found := sorted(directory.glob(kind)))), [])
     chosen = files[:1] + files[1:][-1:]
-    return [{"title": file.stem, "rows": pq.read_table(file).slice(0, ROWS_SHOWN).to_pylist()} for file in chosen]
+    return [{"title": file.stem, "rows": _first_rows(file)} for file in chosen]
+
+
+def _first_rows(file: Path) -> list[dict[str, Any]]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(file) as parquet:
+        batch = next(parquet.iter_batches(batch_size=ROWS_SHOWN), None)
+        return [] if batch is None else batch.to_pylist()

@@ -29,11 +29,11 @@ from posttrain.reward_setup import build_reward
 
 # Options beyond --dry-run that a stage takes; each becomes a keyword of its `run`.
 STAGE_OPTIONS = {
-    "resume": ("sft", "reward_model", "grpo"),
+    "resume": ("sft", "reward_model", "grpo", "distill"),
     "preflight": ("sft",),
 }
 EXPLAINED = {
-    "resume": "go on from the newest whole checkpoint of the run",
+    "resume": "go on where the run stopped: from its newest whole checkpoint, or with the answers it lacks",
     "preflight": "load policy and data, show what would be trained, and stop",
 }
 OPTIONS = ("--config", "--dry-run", *(f"--{name}" for name in STAGE_OPTIONS), "--help")
@@ -218,6 +218,9 @@ def check_tasks(recipe: Recipe, source: str | Path) -> None:
         section = getattr(recipe, name, None)
         if section is not None and section.datasets is not None:
             lists[f"{name}.datasets"] = section.datasets
+    cleaning = getattr(getattr(recipe, "selection", None), "decontamination", None)
+    if cleaning is not None:
+        lists["selection.decontamination.datasets"] = cleaning.datasets
     for key, sections in lists.items():
         for index, section in enumerate(sections):
             if section.task is None:

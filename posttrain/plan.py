@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain.distill_plan import distill_lines
 from posttrain.recipe import (
     BuildSection,
     CheckpointSection,
     CriticSection,
     DatasetSection,
+    DistillRecipe,
     EnvironmentSection,
     EvalRecipe,
     EvalSection,
@@ -60,6 +62,12 @@ def describe(recipe: Recipe) -> str:
         ]
         lines += _data(recipe.datasets) + _reward_model(recipe) + _checkpoints(recipe.checkpoint)
         lines += _memory(recipe.model, None, trains=True, beta=0.0)
+    elif isinstance(recipe, DistillRecipe):
+        teacher = recipe.teacher.model
+        lines += [line.replace("policy ", "teacher", 1) for line in _model(teacher)] if teacher else []
+        lines += _data(recipe.datasets) + distill_lines(recipe)
+        if teacher:
+            lines += [_sampler(recipe.sampler), *_memory(teacher, recipe.sampler, trains=False, beta=0.0)]
     elif isinstance(recipe, EvalRecipe):
         lines += [*_model(recipe.model), _sampler(recipe.sampler), *_eval(recipe.eval)]
         lines += _memory(recipe.model, recipe.sampler, trains=False, beta=0.0)

@@ -34,6 +34,15 @@ class Scored:
     complaints: tuple[str, ...] = ()  # for people: of rewards that failed somewhere, the last failure
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What the rewards said of some items, and how they fared."""
+
+    results: list[list[list[RewardResult]]]  # [F][P][G]
+    metrics: dict[str, Metric]
+    complaints: dict[str, str]  # reward -> its last failure, of those that failed somewhere
+
+
 class RewardPool:
     """The rewards of a recipe.
 
@@ -71,27 +80,38 @@ class RewardPool:
             [to_item(prompt, completion) for completion in group]
             for prompt, group in zip(prompts, completions, strict=True)
         ]
+        judged = self.judge(groups)
+        for section, function, results in zip(self._sections, self.functions, judged.results, strict=True):
+            _require_working(section, function, results, judged.complaints.get(function.name, ""))
+        scored = tuple(
+            to_group(self.functions, prompt, group, [column[place] for column in judged.results])
+            for place, (prompt, group) in enumerate(zip(prompts, completions, strict=True))
+        )
+        metrics = {**judged.metrics, "reward/unjudged": Metric(sum(len(group.unjudged) for group in scored), "sum")}
+        return Scored(scored, metrics, tuple(judged.complaints.values()))
+
+    def judge(self, groups: Sequence[Sequence[Item]]) -> Judged:
+        """What every reward says of every item, all rewards at the same time. Failures are results like others.
+
+        Args:
+            groups: items, those of one prompt together (only a grouped reward cares).
+
+        Raises:
+            RewardError: a reward's process does not start.
+        """
         start = time.perf_counter()
         pending = [actors.submit(groups) for actors in self._actors]
         metrics: dict[str, Metric] = {}
-        columns: list[list[list[RewardResult]]] = []  # [F][P][G]
-        complaints = []
-        for section, function, limits, actors, parts in zip(
-            self._sections, self.functions, self._limits, self._actors, pending, strict=True
-        ):
+        columns: list[list[list[RewardResult]]] = []
+        complaints: dict[str, str] = {}
+        for function, limits, actors, parts in zip(self.functions, self._limits, self._actors, pending, strict=True):
             results, counts, seconds, complaint = _gather(actors, parts, groups, limits)
             metrics |= _metrics(function, results, counts, seconds)
-            _require_working(section, function, results, complaint)
             columns.append(results)
             if complaint:
-                complaints.append(complaint)
-        scored = tuple(
-            to_group(self.functions, prompt, group, [column[place] for column in columns])
-            for place, (prompt, group) in enumerate(zip(prompts, completions, strict=True))
-        )
-        metrics["reward/unjudged"] = Metric(sum(len(group.unjudged) for group in scored), "sum")
+                complaints[function.name] = complaint
         metrics["time/reward"] = Metric(time.perf_counter() - start, "mean")
-        return Scored(scored, metrics, tuple(complaints))
+        return Judged(columns, metrics, complaints)
 
     def stop(self) -> None:
         """End the actors and the processes of the rewards."""

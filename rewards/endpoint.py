@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ class Reply:
         reasoning: what a server with a reasoning parser set apart; else empty.
         finish_reason: "stop", "length" or what else the server says.
         prompt_tokens, completion_tokens: as the server counted them, 0 where it does not say.
+        model: what the server says it is, e.g. the dated version of a name.
     """
 
     text: str
@@ -34,6 +36,7 @@ class Reply:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    model: str = ""
 
 
 @dataclass
@@ -47,17 +50,20 @@ class Endpoint:
         timeout_seconds: of one attempt.
         max_retries: attempts after the first.
         max_concurrency: requests under way at the same time.
+        requests_per_minute: that are begun at most, attempts included; None is no limit.
     """
 
     model: str
     base_url: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str | None = "OPENAI_API_KEY"
     timeout_seconds: float = 60.0
     max_retries: int = 3
     max_concurrency: int = 32
+    requests_per_minute: float | None = None
     counts: Counter[str] = field(
         default_factory=Counter
     )  # requests, retries, failures, prompt_tokens, completion_tokens
+    _next_turn: float = field(default=0.0, init=False)  # when the next request may begin, by the monotonic clock
 
     async def chat(self, messages: Sequence[Message], **sampling: Any) -> Reply:
         """One answer.
@@ -69,13 +75,13 @@ class Endpoint:
         Raises:
             Unavailable: no answer after all attempts, or a request that the server refuses (its reason is quoted).
         """
-        async with self._open() as client:
+        async with self.open() as client:
             return await self.ask(client, messages, **sampling)
 
     async def chat_all(self, chats: Sequence[Sequence[Message]], **sampling: Any) -> list[Reply | Unavailable]:
         """Answers to several chats, asked side by side, in their order. What failed is returned, not raised."""
         gate = asyncio.Semaphore(self.max_concurrency)
-        async with self._open() as client:
+        async with self.open() as client:
 
             async def one(messages: Sequence[Message]) -> Reply | Unavailable:
                 async with gate:
@@ -92,6 +98,7 @@ class Endpoint:
 
         last = ""
         for attempt in range(self.max_retries + 1):
+            await self._turn()
             self.counts["requests"] += 1
             try:
                 answer = await client.chat.completions.create(
@@ -115,14 +122,24 @@ class Endpoint:
         self.counts["failures"] += 1
         raise Unavailable(f"{self.model} at {self.base_url or 'the default address'}: {last}")
 
-    def _open(self) -> Any:
+    async def _turn(self) -> None:
+        """Wait until another request may begin."""
+        if self.requests_per_minute is None:
+            return
+        now = time.monotonic()
+        turn = max(now, self._next_turn)
+        self._next_turn = turn + 60 / self.requests_per_minute
+        await asyncio.sleep(turn - now)
+
+    def open(self) -> Any:
+        """A client for `ask`, to be used with `async with`."""
         from openai import AsyncOpenAI
 
         return AsyncOpenAI(base_url=self.base_url, api_key=self._key, timeout=self.timeout_seconds, max_retries=0)
 
     @property
     def _key(self) -> str:
-        return os.environ.get(self.api_key_env) or NO_KEY
+        return (self.api_key_env and os.environ.get(self.api_key_env)) or NO_KEY
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key != NO_KEY else text
@@ -137,6 +154,7 @@ class Endpoint:
             finish_reason=str(choice.finish_reason),
             prompt_tokens=usage.prompt_tokens if usage else 0,
             completion_tokens=usage.completion_tokens if usage else 0,
+            model=str(getattr(answer, "model", None) or ""),
         )
         self.counts.update(prompt_tokens=found.prompt_tokens, completion_tokens=found.completion_tokens)
         return found

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from stage_commands import ROOT
+from openai_server import KEY, Answer, Scripted, body, vllm_server
 
 from posttrain.types import RewardResult
 from rewards import Item, RewardFunction, Unavailable, judge, tournament
@@ -25,55 +18,6 @@ from rewards.endpoint import Endpoint, Reply
 from rewards.warden import Limits, Warden
 
 PROMPT = ({"role": "user", "content": "What is 2+2?"},)
-KEY = "sk-secret-1234567890"
-Answer = Callable[[dict[str, Any], int], tuple[int, dict[str, str], bytes]]
-
-
-def body(text: str, finish: str = "stop") -> bytes:
-    choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
-    usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
-    return json.dumps(
-        {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
-    ).encode()
-
-
-class Scripted:
-    """A server that answers as a function says; it is given the request and its number."""
-
-    def __init__(self, answer: Answer) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.keys: list[str] = []
-        scripted = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                scripted.requests.append(request)
-                scripted.keys.append(self.headers["Authorization"])
-                status, headers, content = answer(request, len(scripted.requests))
-                if status == 0:
-                    self.connection.close()
-                    return
-                self.send_response(status)
-                for name, value in {"Content-Type": "application/json", **headers}.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def __enter__(self) -> Scripted:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
 
 
 def word_of(request: dict[str, Any]) -> str:
@@ -338,45 +282,13 @@ def test_meetings_that_fail_are_left_out() -> None:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A tiny policy with random weights behind vLLM's OpenAI-compatible server, with a key."""
     from posttrain.conformance import save_tiny_policy
-    from posttrain.sampler import engine_environment
 
     path = tmp_path_factory.mktemp("judge")
     save_tiny_policy(path)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = ["--model", str(path), "--served-model-name", "judge", "--host", "127.0.0.1", "--port", str(port)]
-    words += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--gpu-memory-utilization", "0.5"]
-    words += ["--compilation-config", '{"custom_ops": ["none"]}']
-    log = (path / "server.log").open("w")
-    environment = {**os.environ, **engine_environment(2, 1), "VLLM_API_KEY": KEY}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words],
-        cwd=ROOT,
-        env=environment,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        end = time.monotonic() + 240
-        while True:
-            assert process.poll() is None and time.monotonic() < end, (path / "server.log").read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        log.close()
+    with vllm_server(path, "judge") as url:
+        yield url
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ MALFORMED_OVERRIDES = [
     ("max_steps=", "max_steps", "write one after ="),
     ("optimizer={learning_rate: 1, learning_rate: 2}", "learning_rate", "quote it"),
     ("max_steps=2024-01-01", "max_steps", "valid integer"),
-    ("stage=[grpo]", "stage", "allowed: sft, reward_model, grpo, eval, upcycle, pipeline"),
+    ("stage=[grpo]", "stage", "allowed: sft, reward_model, grpo, distill, eval, upcycle, pipeline"),
     ("stage=grop", "stage", "did you mean 'grpo'"),
     ("nonsense", "nonsense", "written key.path=value"),
     ("seed.inner=1", "seed", "valid integer"),
@@ -127,7 +127,7 @@ MALFORMED_FILES = [
     ("extends: recipe.yaml\n", "circle"),
     ("stage: grpo\nmax_steps: 1\nmax_steps: 2\n", "at line 3, column 1: the key 'max_steps' is there twice"),
     ("stage: grpo\n1: 2\n", "keys should be strings"),
-    ("run_name: x\nstage: null\n", "allowed: sft, reward_model, grpo, eval, upcycle, pipeline"),
+    ("run_name: x\nstage: null\n", "allowed: sft, reward_model, grpo, distill, eval, upcycle, pipeline"),
     ("extends: 3\n", "not a path"),
 ]
 
