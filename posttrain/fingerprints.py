@@ -30,7 +30,7 @@ TRAINING_STATE = (
 LOGS = (
     *("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "report.html", "stage.json"),
     *("data.json", "preflight.json", "alarms.jsonl", "suspicious.jsonl", "*.log"),
-    *("trainer", "tensorboard", "wandb"),
+    *("journal", "trainer", "tensorboard", "wandb"),
 )  # at the top of a stage's directory
 SETTLED_SECONDS = 1.0  # a file changed more recently could change again without its times showing it
 LARGE = 8 * 2**30  # bytes; from here on hashing is worth a word
@@ -143,26 +143,39 @@ def _renamed(value: Any, run_dir: Path) -> Any:
     return [_renamed(inner, run_dir) for inner in value] if isinstance(value, list) else value
 
 
-def changes(before: Snapshot, now: Snapshot) -> list[str]:
-    """What is different, one phrase each, the recipe's keys first. Empty: nothing."""
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One thing that is different."""
+
+    key: str  # of the recipe
+    text: str  # for people
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def changes(before: Snapshot, now: Snapshot) -> list[Change]:
+    """What is different, the recipe's keys first. Empty: nothing."""
     old, new = dict(_leaves(before.recipe)), dict(_leaves(now.recipe))
     found = []
     for key in dict.fromkeys((*new, *old)):
         if key not in new:
-            found.append(f"{key} {_short(old[key])} was removed")
+            found.append(Change(key, f"{key} {_short(old[key])} was removed"))
         elif key not in old:
-            found.append(f"{key} {_short(new[key])} is new")
+            found.append(Change(key, f"{key} {_short(new[key])} is new"))
         elif old[key] != new[key]:
-            found.append(f"{key} {_short(old[key])} -> {_short(new[key])}")
+            found.append(Change(key, f"{key} {_short(old[key])} -> {_short(new[key])}"))
+    explained = {change.key for change in found}
     known = {(row["key"], row["name"]): row["sha256"] for row in before.inputs}
     for row in now.inputs:
-        place = (row["key"], row["name"])
+        key, place = row["key"], (row["key"], row["name"])
         if place in known and known[place] != row["sha256"]:
-            found.append(f"input {row['name']} ({row['key']}) changed")
-        elif place not in known and row["key"] not in {key.split(" ")[0] for key in found}:
-            found.append(f"input {row['name']} ({row['key']}) is new")
-    if not found and before.fingerprint != now.fingerprint:
-        found.append("fewer inputs than before")
+            found.append(Change(key, f"input {row['name']} ({key}) changed"))
+        elif place not in known and key not in explained:
+            found.append(Change(key, f"input {row['name']} ({key}) is new"))
+    for key, name in known.keys() - {(row["key"], row["name"]) for row in now.inputs}:
+        if key not in {change.key for change in found}:
+            found.append(Change(key, f"input {name} ({key}) is gone"))
     return found
 
 

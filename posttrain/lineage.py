@@ -15,6 +15,7 @@ from posttrain.fingerprints import Digests, tree_digest
 from posttrain.pipeline_graph import Stage, needed_by
 from posttrain.pipeline_progress import clock
 from posttrain.run_dir import write_atomically
+from posttrain.stage_inputs import RUN_DIR
 from posttrain.stage_records import StageRecord, read_record
 
 FILE = "lineage.json"
@@ -112,15 +113,12 @@ def _group(name: str, outputs: Mapping[str, str]) -> str:
 
 
 def _artefact_of(row: Mapping[str, Any], stages: Sequence[Stage], made: Mapping[str, Any]) -> str | None:
-    """The artefact that an input of a stage is, or is in, or that is in it."""
+    """The artefact that an input of a stage is, or is in; None for what no stage makes and for all that one makes."""
     if row["stage"] is None:
         return None
-    place = row["name"].partition("/")[2]
     record = read_record(next(stage.directory for stage in stages if stage.name == row["stage"]))
-    for link, target in record.links.items() if record else ():
-        link, target = f"{row['stage']}/{link}", f"{row['stage']}/{target}"
-        if place == link or place.startswith(f"{link}/"):
-            place = target + place.removeprefix(link)
+    below = row["name"].removeprefix(f"{RUN_DIR}/{row['stage']}").removeprefix("/")
+    place = f"{row['stage']}/{record.without_links(below) if record else below}"
     return next((path for path in made if place == path or place.startswith(f"{path}/")), None)
 
 

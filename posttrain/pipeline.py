@@ -72,27 +72,39 @@ class Pipeline:
         expected = forecast(self.stages, chosen, self.run_dir.path, self.digests)
         to_run = [stage for stage in chosen if expected[stage.name].runs]
         if to_run:
-            self.begin()
             print(f"{len(to_run)} of {len(chosen)} stages to run; {time_left(to_run, self.timings, {})}", flush=True)
         for number, stage in enumerate(chosen, start=1):
             verdict = judge(stage, self.run_dir.path, self.digests)
-            if not verdict.runs and expected[stage.name].forced:
+            if verdict.action == "finished" and expected[stage.name].forced:
                 verdict = replace(verdict, action="started anew", reason=expected[stage.name].reason)
             label = f"[{number}/{len(chosen)}] {stage.name}"
             print(f"{label}: {verdict.action} ({verdict.reason})", flush=True)
-            if verdict.runs:
-                later = [other for other in chosen[number:] if expected[other.name].runs]
-                code = self.run_one(stage, verdict, label, later)
-                if code:
-                    return code
-            elif not (record := stage_records.read_record(stage.directory)) or not record.finished:
-                self.record_end(
-                    stage, record or self.new_record(stage, verdict, read_summary(stage.directory)["seconds"])
-                )
+            later = [other for other in chosen[number:] if expected[other.name].runs]
+            code = self.settle(stage, verdict, label, later)
+            if code:
+                return code
+        return 0
+
+    def settle(self, stage: Stage, verdict: Verdict, label: str, later: Sequence[Stage]) -> int:
+        """Do what was found about a stage. Returns its exit code; 0 where it need not run."""
+        if verdict.runs:
+            self.begin()
+            return self.run_one(stage, verdict, label, later)
+        if verdict.kept is not None:
+            self.begin()
+            stage_records.take_back(stage.directory, verdict.kept)
+        record = stage_records.read_record(stage.directory)
+        if (
+            record is None or not record.finished
+        ):  # run by itself, or killed just before the pipeline wrote its end down
+            seconds = read_summary(stage.directory)["seconds"]
+            self.record_end(stage, record or self.new_record(stage, verdict, seconds))
         return 0
 
     def begin(self) -> None:
-        """Write down what is about to be run, and on what."""
+        """Write down what is about to be run, and on what, unless that is done."""
+        if self.has_run:
+            return
         self.has_run = True
         self.run_dir.write_recipe(dump_recipe(self.recipe))
         self.run_dir.write_environment(self.recipe.seed)
@@ -101,7 +113,8 @@ class Pipeline:
         """Run one stage to its end. Returns its exit code."""
         require_inputs(stage)
         if verdict.action == "started anew" and stage.directory.exists():
-            print(f"{label}: the earlier run is kept in {stage_records.put_aside(stage.directory)}", flush=True)
+            aside = stage_records.put_aside(stage.directory, verdict.books)
+            print(f"{label}: the earlier run is kept in {aside}", flush=True)
         earlier = stage_records.read_record(stage.directory)
         before = earlier.seconds if earlier else 0.0
         record = self.new_record(stage, verdict, before)
@@ -117,7 +130,7 @@ class Pipeline:
             watch.beat(seconds)
 
         words = [stage.section.recipe, *stage_overrides(stage.section, self.run_dir.path)]
-        words += ["--resume"] if verdict.action == "resumed" else []
+        words += ["--resume"] if verdict.resumes else []
         code = run_process(module_of(stage.recipe.stage), words, self.lock, beat)
         if code:
             print(f"{label}: ended with exit code {code}; the same command goes on from here", flush=True)

@@ -24,9 +24,14 @@ class Expected:
     forced: bool = False  # it is finished and unchanged, and must run all the same
 
     @property
+    def settled(self) -> bool:
+        """Whether what it makes is there and stays as it is."""
+        return self.action == "finished"
+
+    @property
     def runs(self) -> bool:
         """Whether it will run, or may."""
-        return self.action != "finished"
+        return self.action not in ("finished", "taken back")
 
 
 def selected(stages: Sequence[Stage], *, only: str | None, until: str | None) -> list[Stage]:
@@ -58,10 +63,12 @@ def forecast(
     """
     expected: dict[str, Expected] = {}
     for stage in chosen:
-        running = [name for name in stage.needs if name in expected and expected[name].runs]
-        verdict = judge(stage, run_dir, digests, unsettled=running)
-        if running and not verdict.runs:
-            expected[stage.name] = Expected("depends", f"runs if {', '.join(running)} makes something else than before")
+        unsettled = [name for name in stage.needs if name in expected and not expected[name].settled]
+        verdict = judge(stage, run_dir, digests, unsettled)
+        if unsettled and not verdict.runs:
+            expected[stage.name] = Expected(
+                "depends", f"runs if {', '.join(unsettled)} comes out otherwise than before"
+            )
         else:
             expected[stage.name] = Expected(verdict.action, verdict.reason)
     for stage in reversed(chosen):

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from posttrain import checkpoint
 from posttrain.cli import STAGE_OPTIONS
-from posttrain.fingerprints import LOGS, Digests, Snapshot, changes, take_snapshot, tree_digest
+from posttrain.fingerprints import LOGS, Change, Digests, Snapshot, changes, take_snapshot, tree_digest
 from posttrain.pipeline_graph import RECORD, Stage
 from posttrain.recipe_file import dump_recipe
 from posttrain.run_dir import write_atomically
 from posttrain.stage_inputs import Input
 
-Action = Literal["finished", "resumed", "started", "started anew"]
-TRAINED = (
-    "sft",
-    "reward_model",
-    "grpo",
-)  # they resume from a checkpoint; other stages that resume keep books of their own
+Action = Literal["finished", "taken back", "resumed", "started", "started anew"]
+# A stage that trains resumes from a checkpoint, one of these from the books it keeps here. They serve a changed recipe as
+# well, as long as the change is in keys that say what becomes of what is in them: what was paid for is not paid for again.
+BOOKS = {"distill": "journal"}
+AFTER_THE_BOOKS = {"distill": ("rewards", "rejection", "selection", "output", "report_to")}
 STALE = ".stale-"
 
 
@@ -50,12 +49,19 @@ class StageRecord:
 
     def digest(self, place: Path) -> str | None:
         """The hash of a place below the stage's directory as the stage made it; None where it made nothing."""
-        real = self.links.get(str(place), str(place))
+        real = self.without_links(str(place))
         if real in self.outputs:
             return self.outputs[real]
         above = "" if real == "." else f"{real}/"
         files = {name.removeprefix(above): digest for name, digest in self.outputs.items() if name.startswith(above)}
         return tree_digest(files) if files else None
+
+    def without_links(self, place: str) -> str:
+        """A place below the stage's directory, with checkpoints/latest written as what it stands for."""
+        for link, target in self.links.items():
+            if place == link or place.startswith(f"{link}/"):
+                return target + place.removeprefix(link)
+        return place
 
 
 def read_record(directory: Path) -> StageRecord | None:
@@ -86,10 +92,17 @@ class Verdict:
     action: Action
     reason: str
     snapshot: Snapshot
+    kept: Path | None = None  # "taken back": the directory to use again
+    books: str | None = None  # "started anew": what the new directory takes over from the old one
 
     @property
     def runs(self) -> bool:
-        return self.action != "finished"
+        return self.action not in ("finished", "taken back")
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the stage is told to go on with what it finds."""
+        return self.action == "resumed" or self.books is not None
 
 
 def judge(stage: Stage, run_dir: Path, digests: Digests, unsettled: Collection[str] = ()) -> Verdict:
@@ -104,15 +117,12 @@ def judge(stage: Stage, run_dir: Path, digests: Digests, unsettled: Collection[s
         before = {(row["key"], row["name"]): row for row in record.snapshot.inputs}
         rows = [before.get((row["key"], row["name"]), row) if row["stage"] in unsettled else row for row in now.inputs]
         now = replace(now, inputs=rows)
-    if record is None:
-        return _judge_unrecorded(stage, now)
-    different = changes(record.snapshot, now)
-    if different:
-        more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
-        return Verdict("started anew", "; ".join(different[:3]) + more, now)
-    if record.finished or has_ended(stage.directory):
-        return Verdict("finished", "unchanged", now)
-    return _cut_short(stage, now)
+    verdict = _judge_unrecorded(stage, now) if record is None else _judge_recorded(stage, record, now)
+    if verdict.action in ("started", "started anew"):
+        kept = _kept_run(stage.directory, now.fingerprint)
+        if kept is not None:
+            return Verdict("taken back", f"{kept.name} was made with this recipe and these inputs", now, kept=kept)
+    return verdict
 
 
 def snapshot(stage: Stage, run_dir: Path, digests: Digests) -> Snapshot:
@@ -152,6 +162,24 @@ def has_ended(directory: Path) -> bool:
     return summary.exists() and bool(json.loads(summary.read_text()).get("finished"))
 
 
+def _judge_recorded(stage: Stage, record: StageRecord, now: Snapshot) -> Verdict:
+    different = changes(record.snapshot, now)
+    if different:
+        more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
+        books = _books(stage.recipe.stage, stage.directory, different)
+        return Verdict("started anew", "; ".join(map(str, different[:3])) + more, now, books=books)
+    if record.finished or has_ended(stage.directory):
+        return Verdict("finished", "unchanged", now)
+    return _cut_short(stage, now)
+
+
+def _books(kind: str, directory: Path, different: Sequence[Change]) -> str | None:
+    """The books that a changed stage goes on with; None where it has none, or where they answer another question."""
+    keys = AFTER_THE_BOOKS.get(kind, ())
+    serves = kind in BOOKS and all(change.key.partition(".")[0] in keys for change in different)
+    return BOOKS[kind] if serves and (directory / BOOKS[kind]).is_dir() else None
+
+
 def _judge_unrecorded(stage: Stage, now: Snapshot) -> Verdict:
     """A directory that no pipeline has recorded: none, an empty one, or a run of the stage by itself."""
     recipe_file = stage.directory / "recipe.yaml"
@@ -166,10 +194,11 @@ def _judge_unrecorded(stage: Stage, now: Snapshot) -> Verdict:
 
 def _cut_short(stage: Stage, now: Snapshot) -> Verdict:
     kind = stage.recipe.stage
-    goes_on = kind in STAGE_OPTIONS["resume"] and (
-        kind not in TRAINED or checkpoint.newest_trained(stage.directory / "checkpoints") is not None
-    )
-    if goes_on:
+    if kind in BOOKS:
+        goes_on = any((stage.directory / BOOKS[kind]).glob("*"))
+    else:
+        goes_on = checkpoint.newest_trained(stage.directory / "checkpoints") is not None
+    if goes_on and kind in STAGE_OPTIONS["resume"]:
         return Verdict("resumed", "it was cut short", now)
     return Verdict("started", "it was cut short with nothing to go on from", now)
 
@@ -177,14 +206,46 @@ def _cut_short(stage: Stage, now: Snapshot) -> Verdict:
 # --- directories put aside --------------------------------------------------------------------------------------------
 
 
-def put_aside(directory: Path) -> Path:
-    """Rename a stage's directory so that a new run can have its place. Returns where it is now."""
+def put_aside(directory: Path, books: str | None = None) -> Path:
+    """Rename a stage's directory so that a new run can have its place.
+
+    Args:
+        directory: the stage's.
+        books: a directory in it of which the new one gets a copy.
+
+    Returns:
+        Where the old one is now.
+    """
+    if books is not None:
+        copy = directory.with_name(f".{directory.name}.{books}")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(directory / books, copy)
     number = 1
     while directory.with_name(f"{directory.name}{STALE}{number}").exists():
         number += 1
     aside = directory.with_name(f"{directory.name}{STALE}{number}")
     directory.rename(aside)
+    if books is not None:
+        directory.mkdir()
+        copy.rename(directory / books)
     return aside
+
+
+def take_back(directory: Path, kept: Path) -> None:
+    """Let a directory that was put aside have its place again; what is there now is put aside."""
+    if directory.exists():
+        put_aside(directory)
+    kept.rename(directory)
+
+
+def _kept_run(directory: Path, fingerprint: str) -> Path | None:
+    """A whole run that was put aside and had the same recipe and inputs."""
+    for path in directory.parent.glob(f"{directory.name}{STALE}*"):
+        record = read_record(path)
+        is_same = record is not None and record.finished and record.snapshot.fingerprint == fingerprint
+        if record is not None and is_same and not missing_outputs(record, path):
+            return path
+    return None
 
 
 def stale_directories(run_dir: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from stage_commands import ROOT
 
 from posttrain import checkpoint
 from posttrain.errors import RunStopped
-from posttrain.fingerprints import Digests, Snapshot, changes
+from posttrain.fingerprints import Change, Digests, Snapshot, changes
 from posttrain.lineage import lineage, show_lineage
 from posttrain.pipeline_graph import Stage, build_graph
 from posttrain.pipeline_plan import describe_graph, forecast, selected
@@ -27,7 +27,17 @@ from posttrain.recipe import PipelineRecipe, RecipeError
 from posttrain.recipe_file import dump_recipe, load_recipe
 from posttrain.stage_inputs import find_inputs
 from posttrain.stage_process import locked
-from posttrain.stage_records import StageRecord, judge, prune, put_aside, read_record, record_outputs, snapshot
+from posttrain.stage_records import (
+    StageRecord,
+    _books,
+    judge,
+    prune,
+    put_aside,
+    read_record,
+    record_outputs,
+    snapshot,
+    take_back,
+)
 
 SFT = """
 stage: sft
@@ -279,7 +289,7 @@ def test_changes_are_named() -> None:
     before = Snapshot({"rewards": [{"weight": 1.0}], "seed": 0, "kwargs": {}}, [row])
     assert changes(before, before) == []
     now = Snapshot({"rewards": [{"weight": 0.5}], "seed": 0, "kwargs": {"k": 1}}, [{**row, "sha256": "2"}])
-    assert changes(before, now) == [
+    assert [str(change) for change in changes(before, now)] == [
         "rewards.0.weight 1.0 -> 0.5",
         "kwargs.k 1 is new",
         "kwargs {} was removed",
@@ -317,7 +327,7 @@ def test_a_changed_reward_weight_runs_its_stage_and_what_follows_from_it(chain: 
     stages = graph(chain, weight)
     text = describe_graph(stages, stages[0].directory.parent)
     assert "3. grpo        started anew: rewards.0.weight 1.0 -> 0.5  (needs sft)" in text
-    assert "4. eval        depends: runs if grpo makes something else than before  (needs grpo)" in text
+    assert "4. eval        depends: runs if grpo comes out otherwise than before  (needs grpo)" in text
     assert "2 of 5 stages would run; time left: unknown for grpo, eval" in text
 
 
@@ -403,6 +413,38 @@ def test_what_is_put_aside_is_kept_until_it_is_pruned(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["sft.stale-notes"]
     with pytest.raises(ValueError, match="an earlier run put aside"):
         PipelineRecipe.model_validate({"stages": [{"name": "a.stale-1", "recipe": "x.yaml"}]})
+
+
+def test_a_change_taken_back_takes_the_earlier_run_back(home: Path, chain: Path) -> None:
+    pretend_all(chain)
+    weight = "stages.2.overrides=['model.model_name_or_path={run_dir}/sft/checkpoints/latest', rewards.0.weight=0.5]"
+    changed = graph(chain, weight)[2]
+    aside = put_aside(changed.directory)
+    pretend(changed, "weights by another reward")
+    found = expectations(chain)
+    assert (found["grpo"], found["eval"], found["sft"]) == ("taken back", "depends", "finished")
+    verdict = judge(graph(chain)[2], home / "run", Digests(home / "run"))
+    assert verdict.kept == aside and not verdict.runs
+    take_back(changed.directory, aside)
+    assert set(expectations(chain).values()) == {"finished"}
+    assert expectations(chain, weight)["grpo"] == "taken back"
+    (home / "run/grpo.stale-2/checkpoints/step-3/model.safetensors").unlink()
+    assert expectations(chain, weight)["grpo"] == "started anew"
+
+
+def test_answers_that_were_paid_for_serve_a_recipe_that_judges_them_otherwise(tmp_path: Path) -> None:
+    directory = tmp_path / "distill"
+    (directory / "journal").mkdir(parents=True)
+    (directory / "journal" / "generations.jsonl").write_text("paid for\n")
+    judged, asked = Change("rejection.length.max_tokens", "256 -> 128"), Change("generation.temperature", "1 -> 0.7")
+    assert _books("distill", directory, [judged]) == "journal"
+    assert _books("distill", directory, [judged, asked]) is None
+    assert _books("grpo", directory, [judged]) is None
+    aside = put_aside(directory, "journal")
+    with (directory / "journal" / "generations.jsonl").open("a") as file:
+        file.write("more\n")
+    assert (aside / "journal" / "generations.jsonl").read_text() == "paid for\n"
+    assert [path.name for path in directory.iterdir()] == ["journal"]
 
 
 def test_stages_are_chosen_by_name(chain: Path) -> None:
