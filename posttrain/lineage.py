@@ -25,7 +25,8 @@ def lineage(stages: Sequence[Stage], digests: Digests) -> dict[str, Any]:
     """What is recorded of the stages that have ended, as JSON.
 
     Returns:
-        `stages`: name -> kind, recipe (its file), fingerprint, seconds, inputs (key, name, stage, artefact, sha256);
+        `stages`: name -> kind, recipe (its file), fingerprint, seconds, inputs (key, name, stage, artefact, sha256,
+        current: false where the stage has made something else since);
         `artefacts`: path in the run directory -> stage, sha256, names (links to it, such as checkpoints/latest), files,
         unchanged (whether the files are still what the stage made).
     """
@@ -37,7 +38,7 @@ def lineage(stages: Sequence[Stage], digests: Digests) -> dict[str, Any]:
             continue
         found = _artefacts(stage, record, digests)
         made |= found
-        inputs = [{**row, "artefact": _artefact_of(row, stages, made)} for row in record.snapshot.inputs]
+        inputs = [_origin(row, stages, made) for row in record.snapshot.inputs]
         origins[stage.name] = {
             "kind": record.kind,
             "recipe": record.recipe_file,
@@ -80,7 +81,9 @@ def _tree(name: str, found: Mapping[str, Any], seen: set[str]) -> Tree:
         tree.add(f"made {escape(path)}{names}  {artefact['sha256'][:12]}{note}")
     shown: set[str] = set()
     for row in stage["inputs"]:
-        branch = tree.add(f"from {escape(row['name'])} ({row['key']})  {(row['sha256'] or 'by its name')[:12]}")
+        note = "" if row["current"] else "  [red]made anew since[/red]"
+        digest = (row["sha256"] or "by its name")[:12]
+        branch = tree.add(f"from {escape(row['name'])} ({row['key']})  {digest}{note}")
         if row["stage"] is not None and row["stage"] not in shown:
             shown.add(row["stage"])
             branch.add(_tree(row["stage"], found, seen))
@@ -112,14 +115,16 @@ def _group(name: str, outputs: Mapping[str, str]) -> str:
     return (checkpoints or folders[-1:] or [name])[0]
 
 
-def _artefact_of(row: Mapping[str, Any], stages: Sequence[Stage], made: Mapping[str, Any]) -> str | None:
-    """The artefact that an input of a stage is, or is in; None for what no stage makes and for all that one makes."""
-    if row["stage"] is None:
-        return None
-    record = read_record(next(stage.directory for stage in stages if stage.name == row["stage"]))
-    below = row["name"].removeprefix(f"{RUN_DIR}/{row['stage']}").removeprefix("/")
-    place = f"{row['stage']}/{record.without_links(below) if record else below}"
-    return next((path for path in made if place == path or place.startswith(f"{path}/")), None)
+def _origin(row: Mapping[str, Any], stages: Sequence[Stage], made: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded input, with the artefact that it is, or is in, and whether the stage that makes it still has it so."""
+    maker = next((stage for stage in stages if stage.name == row["stage"]), None)
+    record = read_record(maker.directory) if maker is not None else None
+    if maker is None or record is None:
+        return {**row, "artefact": None, "current": row["stage"] is None}
+    below = row["name"].removeprefix(f"{RUN_DIR}/{maker.name}").removeprefix("/")
+    place = f"{maker.name}/{record.without_links(below)}"
+    artefact = next((path for path in made if place == path or place.startswith(f"{path}/")), None)
+    return {**row, "artefact": artefact, "current": record.digest(Path(below)) == row["sha256"]}
 
 
 def _is_same(path: Path, digest: str, digests: Digests) -> bool:

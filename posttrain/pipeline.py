@@ -26,7 +26,7 @@ from posttrain.errors import RunStopped
 from posttrain.fingerprints import Digests
 from posttrain.lineage import lineage, show_lineage, write_lineage
 from posttrain.pipeline_graph import Stage, build_graph
-from posttrain.pipeline_plan import describe_all, forecast, selected
+from posttrain.pipeline_plan import describe_all, forecast, require_settled, selected
 from posttrain.pipeline_progress import Timings, Watch, clock, time_left
 from posttrain.progress import before_after_table, paths_written
 from posttrain.recipe import PipelineRecipe
@@ -69,7 +69,8 @@ class Pipeline:
 
     def run_all(self, chosen: Sequence[Stage]) -> int:
         """Each stage in turn, judged when its turn comes: by then the stages before it are as they will stay."""
-        expected = forecast(self.stages, chosen, self.run_dir.path, self.digests)
+        expected = forecast(self.stages, self.run_dir.path, self.digests)
+        require_settled(chosen, expected)
         to_run = [stage for stage in chosen if expected[stage.name].runs]
         if to_run:
             print(f"{len(to_run)} of {len(chosen)} stages to run; {time_left(to_run, self.timings, {})}", flush=True)

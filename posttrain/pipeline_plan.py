@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from posttrain.errors import RunStopped
 from posttrain.fingerprints import Digests
 from posttrain.pipeline_graph import Stage, build_graph, needed_by
 from posttrain.pipeline_progress import Timings, time_left
@@ -53,17 +54,32 @@ def selected(stages: Sequence[Stage], *, only: str | None, until: str | None) ->
     return list(stages if until is None else stages[: names.index(until) + 1])
 
 
-def forecast(
-    stages: Sequence[Stage], chosen: Sequence[Stage], run_dir: Path, digests: Digests
-) -> Mapping[str, Expected]:
-    """What will become of the chosen stages. Changes nothing.
+def require_settled(chosen: Sequence[Stage], expected: Mapping[str, Expected]) -> None:
+    """Refuse stages that would be run on what a stage that is left out has to make first.
+
+    Raises:
+        RunStopped: there is one.
+    """
+    names = {stage.name for stage in chosen}
+    for stage in chosen:
+        first = next((name for name in stage.needs if name not in names and not expected[name].settled), None)
+        if first is not None:
+            found = expected[first]
+            raise RunStopped(
+                f"--only {stage.name}: it needs {first!r}, which is to run first ({found.action}: {found.reason}); use "
+                f"--until {stage.name}"
+            )
+
+
+def forecast(stages: Sequence[Stage], run_dir: Path, digests: Digests) -> Mapping[str, Expected]:
+    """What will become of all the stages. Changes nothing.
 
     A finished stage whose files somebody has deleted runs again where they are needed: by a stage that will run, or
     because nothing else follows from them.
     """
     expected: dict[str, Expected] = {}
-    for stage in chosen:
-        unsettled = [name for name in stage.needs if name in expected and not expected[name].settled]
+    for stage in stages:
+        unsettled = [name for name in stage.needs if not expected[name].settled]
         verdict = judge(stage, run_dir, digests, unsettled)
         if unsettled and not verdict.runs:
             expected[stage.name] = Expected(
@@ -71,7 +87,7 @@ def forecast(
             )
         else:
             expected[stage.name] = Expected(verdict.action, verdict.reason)
-    for stage in reversed(chosen):
+    for stage in reversed(stages):
         if expected[stage.name].action in ("finished", "depends"):
             missing = _missed(stage, stages, expected)
             if missing:
@@ -82,8 +98,7 @@ def forecast(
 def _missed(stage: Stage, stages: Sequence[Stage], expected: Mapping[str, Expected]) -> list[str]:
     users = needed_by(stages, stage.name)
     if users:
-        running = [other for other in stages if other.name in users and other.name in expected]
-        running = [other for other in running if expected[other.name].runs]
+        running = [other for other in stages if other.name in users and expected[other.name].runs]
         used = [found for other in running for found in other.inputs if found.stage == stage.name]
         return [found.name for found in used if found.path is not None and not found.path.exists()]
     record = read_record(stage.directory)
@@ -103,7 +118,7 @@ def describe_all(recipe: Recipe) -> str:
 def describe_graph(stages: Sequence[Stage], run_dir: Path) -> str:
     """The stages in the order of running, what would become of each and why, and how long that would take."""
     digests = Digests(run_dir)
-    expected = forecast(stages, stages, run_dir, digests)
+    expected = forecast(stages, run_dir, digests)
     digests.save()
     width = max(len(stage.name) for stage in stages)
     lines = ["graph, in the order of running"]

@@ -21,7 +21,7 @@ from posttrain.errors import RunStopped
 from posttrain.fingerprints import Change, Digests, Snapshot, changes
 from posttrain.lineage import lineage, show_lineage
 from posttrain.pipeline_graph import Stage, build_graph
-from posttrain.pipeline_plan import describe_graph, forecast, selected
+from posttrain.pipeline_plan import describe_graph, forecast, require_settled, selected
 from posttrain.pipeline_progress import TimeLeft, Timings, clock, time_left
 from posttrain.recipe import PipelineRecipe, RecipeError
 from posttrain.recipe_file import dump_recipe, load_recipe
@@ -128,13 +128,13 @@ def pretend_all(file: Path) -> None:
 def expectations(file: Path, *overrides: str) -> dict[str, str]:
     stages = graph(file, *overrides)
     run_dir = stages[0].directory.parent
-    return {name: found.action for name, found in forecast(stages, stages, run_dir, Digests(run_dir)).items()}
+    return {name: found.action for name, found in forecast(stages, run_dir, Digests(run_dir)).items()}
 
 
 def reason(file: Path, name: str, *overrides: str) -> str:
     stages = graph(file, *overrides)
     run_dir = stages[0].directory.parent
-    return forecast(stages, stages, run_dir, Digests(run_dir))[name].reason
+    return forecast(stages, run_dir, Digests(run_dir))[name].reason
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------
@@ -455,6 +455,11 @@ def test_stages_are_chosen_by_name(chain: Path) -> None:
         selected(stages, only=None, until="grop")
     with pytest.raises(RecipeError, match="give one of them"):
         selected(stages, only="sft", until="sft")
+    run_dir = stages[0].directory.parent
+    with pytest.raises(RunStopped, match="--only grpo: it needs 'sft', which is to run first .started: not run yet"):
+        require_settled([stages[2]], forecast(stages, run_dir, Digests(run_dir)))
+    pretend_all(chain)
+    require_settled([stages[2]], forecast(stages, run_dir, Digests(run_dir)))
 
 
 # --- lineage and time left --------------------------------------------------------------------------------------------
@@ -470,6 +475,10 @@ def test_lineage_leads_back_to_what_was_given(home: Path, chain: Path, capsys: p
     assert (model["stage"], model["artefact"]) == ("sft", "sft/checkpoints/step-3")
     assert model["sha256"] == found["artefacts"]["sft/checkpoints/step-3"]["sha256"]
     assert own["sha256"] == digests.of(home / "reward.py")
+    assert model["current"] and own["current"]
+    shutil.rmtree(stages[0].directory)
+    pretend(stages[0], "other weights")
+    assert not lineage(stages, digests)["stages"]["grpo"]["inputs"][0]["current"]
     (home / "run/sft/checkpoints/step-3/model.safetensors").write_text("by hand")
     assert not lineage(stages, digests)["artefacts"]["sft/checkpoints/step-3"]["unchanged"]
     show_lineage(stages, found)
