@@ -95,9 +95,8 @@ class Pipeline:
             self.begin()
             stage_records.take_back(stage.directory, verdict.kept)
         record = stage_records.read_record(stage.directory)
-        if (
-            record is None or not record.finished
-        ):  # run by itself, or killed just before the pipeline wrote its end down
+        # It was run by its own command, or the pipeline was killed just before it could write down the end.
+        if record is None or not record.finished:
             seconds = read_summary(stage.directory)["seconds"]
             self.record_end(stage, record or self.new_record(stage, verdict, seconds))
         return 0
@@ -158,7 +157,8 @@ class Pipeline:
         ended = [stage for stage in self.stages if stage_records.has_ended(stage.directory)]
         summaries = {stage.name: read_summary(stage.directory) for stage in ended}
         report = self.run_dir.path / "report.html"
-        if self.has_run or not report.exists():
+        if self.has_run or not report.exists() or read_summary(self.run_dir.path)["stages"] != summaries:
+            report.unlink(missing_ok=True)  # so that a kill before the new one is written is noticed
             records = [stage_records.read_record(stage.directory) for stage in ended]
             seconds = sum(record.seconds for record in records if record is not None)
             is_whole = len(ended) == len(self.stages)
