@@ -19,9 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from posttrain.environments import build_environment
 from posttrain.errors import RunStopped
+from posttrain.pipeline_graph import build_graph
 from posttrain.plan import describe
 from posttrain.recipe import DatasetSection, EnvironmentSection, PipelineRecipe, Recipe, RecipeError, RewardSection
 from posttrain.recipe_file import check_files, load_recipe, module_of, nearest, stage_recipe
@@ -31,12 +33,19 @@ from posttrain.reward_setup import build_reward
 STAGE_OPTIONS = {
     "resume": ("sft", "reward_model", "grpo", "distill"),
     "preflight": ("sft",),
+    "lineage": ("pipeline",),
+    "prune": ("pipeline",),
 }
+NAMING_OPTIONS = {"only": ("pipeline",), "until": ("pipeline",)}  # the same for options with a value
 EXPLAINED = {
     "resume": "go on where the run stopped: from its newest whole checkpoint, or with the answers it lacks",
     "preflight": "load policy and data, show what would be trained, and stop",
+    "lineage": "show where every artefact came from, and stop",
+    "prune": "delete the directories that were put aside when their stage changed, and stop",
+    "only": "run this stage and no other",
+    "until": "run the stages up to this one",
 }
-OPTIONS = ("--config", "--dry-run", *(f"--{name}" for name in STAGE_OPTIONS), "--help")
+OPTIONS = ("--config", "--dry-run", *(f"--{name}" for name in (*STAGE_OPTIONS, *NAMING_OPTIONS)), "--help")
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -51,8 +60,17 @@ QUIET = {
 }
 
 
-def run_stage(stage: str, run: Callable[..., int | None], argv: Sequence[str] | None = None) -> int:
+def run_stage(
+    stage: str,
+    run: Callable[..., int | None],
+    argv: Sequence[str] | None = None,
+    *,
+    plan: Callable[[Recipe], str] = describe,
+) -> int:
     """Parse the command line, check the recipe and run the stage.
+
+    Args:
+        plan: the text of --dry-run.
 
     Returns:
         What `run(recipe, **options)` returns (None is 0); 2 for a recipe that cannot be run, 3 for a run that had to
@@ -63,11 +81,11 @@ def run_stage(stage: str, run: Callable[..., int | None], argv: Sequence[str] | 
         source, overrides, dry_run, options = parse(stage, arguments)
         recipe = load_recipe(source, overrides, stage=stage)
         check_recipe(recipe, source)
-        plan = describe(recipe) if dry_run else ""
+        text = plan(recipe) if dry_run else ""
     except RecipeError as error:
         return _end("error", error, 2)
     if dry_run:
-        print(plan)
+        print(text)
         return 0
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -105,7 +123,7 @@ def _sigterm_interrupts() -> Iterator[None]:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def parse(stage: str, arguments: Sequence[str]) -> tuple[str, list[str], bool, dict[str, bool]]:
+def parse(stage: str, arguments: Sequence[str]) -> tuple[str, list[str], bool, dict[str, Any]]:
     """The recipe's path, the overrides in their order, --dry-run, and the stage's own options.
 
     Raises:
@@ -125,6 +143,9 @@ def parse(stage: str, arguments: Sequence[str]) -> tuple[str, list[str], bool, d
     taken = [name for name, stages in STAGE_OPTIONS.items() if stage in stages]
     for name in taken:
         parser.add_argument(f"--{name}", action="store_true", help=EXPLAINED[name])
+    named = [name for name, stages in NAMING_OPTIONS.items() if stage in stages]
+    for name in named:
+        parser.add_argument(f"--{name}", metavar="NAME", help=EXPLAINED[name])
     words, overrides = _split_overrides(stage, arguments)
     try:
         known, extra = parser.parse_known_args(words)
@@ -134,7 +155,7 @@ def parse(stage: str, arguments: Sequence[str]) -> tuple[str, list[str], bool, d
     if len(files) != 1:
         given = ", ".join(map(repr, files)) or "none"
         raise RecipeError(f"command line: give one recipe file, not {given}; a change to it is written key.path=value")
-    return files[0], overrides, known.dry_run, {name: getattr(known, name) for name in taken}
+    return files[0], overrides, known.dry_run, {name: getattr(known, name) for name in (*taken, *named)}
 
 
 def _split_overrides(stage: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -146,6 +167,8 @@ def _split_overrides(stage: str, arguments: Sequence[str]) -> tuple[list[str], l
         name, equals, value = word.removeprefix("--").partition("=")
         if word == "--config":
             words.extend((word, *_next(rest)))
+        elif word.startswith("--") and name in NAMING_OPTIONS and stage in NAMING_OPTIONS[name]:
+            words.extend((word,) if equals else (word, *_next(rest)))
         elif word in ("--dry-run", "-h", "--help") or word.startswith("--config="):
             words.append(word)
         elif word.removeprefix("--") in STAGE_OPTIONS and word.startswith("--"):
@@ -183,7 +206,7 @@ def _next(words: Iterator[str]) -> list[str]:
 
 
 def check_recipe(recipe: Recipe, source: str | Path, *, made_in: Path | None = None) -> None:
-    """Check what the recipe names: files, tasks, rewards and, of a pipeline, all that for its stages.
+    """Check what the recipe names: files, tasks, rewards and, of a pipeline, its graph and all that for its stages.
 
     Args:
         recipe: to check.
@@ -203,6 +226,10 @@ def check_recipe(recipe: Recipe, source: str | Path, *, made_in: Path | None = N
             check_recipe(stage_recipe(section, recipe.run_dir), section.recipe, made_in=recipe.run_dir)
         except RecipeError as error:
             raise RecipeError(f"{source}: stages.{index} ({section.name}): {error}") from None
+    try:
+        build_graph(recipe)
+    except RecipeError as error:
+        raise RecipeError(f"{source}: {error}") from None
 
 
 def check_tasks(recipe: Recipe, source: str | Path) -> None:

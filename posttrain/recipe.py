@@ -5,6 +5,7 @@ This is the door: every recipe and section can be imported from here, wherever i
 
 from __future__ import annotations
 
+import re
 import types
 from collections import Counter
 from collections.abc import Mapping
@@ -148,10 +149,17 @@ class StageSection(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # also its folder in the run directory
     recipe: str  # path, from where the command is started
     overrides: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()  # stages that it needs although no path of its recipe says so
+
+    @model_validator(mode="after")
+    def _is_no_stale_one(self) -> StageSection:
+        if re.search(r"\.stale-[0-9]+$", self.name):
+            raise ValueError(f"name={self.name}: a folder of that name is an earlier run put aside; take another name")
+        return self
 
 
 class PipelineRecipe(Recipe):
-    """Stages in order. `{run_dir}` in an override is the pipeline's run directory."""
+    """Stages that use what others make. `{run_dir}` in an override is the pipeline's run directory."""
 
     stage: Literal["pipeline"] = "pipeline"
     stages: tuple[StageSection, ...] = Field(min_length=1)

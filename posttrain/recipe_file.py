@@ -98,6 +98,13 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(_plain(recipe), sort_keys=False)
 
 
+def recipe_tree(recipe: Recipe) -> dict[str, Any]:
+    """A resolved recipe as plain mappings, lists and values, every default spelled out."""
+    tree = _plain(recipe)
+    assert isinstance(tree, dict)
+    return tree
+
+
 def module_of(stage: str) -> str:
     """What `python -m` runs for a stage."""
     return "eval" if stage == "eval" else f"posttrain.{stage}"

@@ -279,6 +279,17 @@ def test_a_pipeline_runs_its_stages_once(recipe: Path, tmp_path: Path) -> None:
     code, output = run("posttrain.pipeline", str(file), f"output_dir={out}")
     assert code == 0 and "sft: finished" in output and "grpo: finished" in output
 
+    model = "model.model_name_or_path={run_dir}/sft/checkpoints/latest"
+    changed = f"stages.1.overrides=['{model}', max_steps=2, rewards.0.weight=0.5]"
+    earlier = (out / "grpo" / "stage.json").read_text()
+    code, output = run("posttrain.pipeline", str(file), f"output_dir={out}", changed)
+    assert code == 0 and "sft: finished" in output, output
+    assert "grpo: started anew (rewards.0.weight 1.0 -> 0.5)" in output
+    assert (out / "grpo.stale-1" / "stage.json").read_text() == earlier
+    assert len(metrics(out / "grpo")) == 2 and "weight: 0.5" in (out / "grpo" / "recipe.yaml").read_text()
+    code, output = run("posttrain.pipeline", str(file), f"output_dir={out}", "--prune")
+    assert code == 0 and not (out / "grpo.stale-1").exists() and (out / "grpo").exists()
+
 
 @pytest.fixture
 def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
