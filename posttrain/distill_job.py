@@ -146,7 +146,8 @@ class DistillJob:
 
         def answer() -> None:
             try:
-                self.failures = self.teacher.answer(missing, take, lambda: left.is_set() or should_stop())
+                if missing:
+                    self.failures = self.teacher.answer(missing, take, lambda: left.is_set() or should_stop())
                 arrived.put(None)
             except BaseException as error:  # handed to whoever asks for the answers
                 arrived.put(error)
