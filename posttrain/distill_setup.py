@@ -46,8 +46,8 @@ def start(recipe: DistillRecipe, run_dir: RunDir, problems: Problems, *, resume:
             f"{run_dir.path / 'contaminated.jsonl'}"
         )
     path = run_dir.path / JOURNAL / GENERATIONS
-    if resume and not path.exists():
-        raise RunStopped(f"--resume: there is no {path}; start without --resume")
+    if resume and not path.parent.is_dir():
+        raise RunStopped(f"--resume: there is no {path.parent}; start without --resume")
     if not resume and path.exists():
         raise RunStopped(
             f"{path} holds answers of an earlier run: add --resume, or give another output_dir, or delete {run_dir.path}"
