@@ -192,10 +192,16 @@ def test_another_package_of_our_name_is_refused(package: str, stage: str, tmp_pa
 
 @pytest.mark.parametrize(
     ("stage", "words"),
-    [("grpo", ["optimizer.lr=1"]), ("sft", ["training.max_seq_length=9"]), ("pipeline", ["stages=[]"])],
+    [
+        ("grpo", ["optimizer.lr=1"]),
+        ("sft", ["training.max_seq_length=9"]),
+        ("pipeline", ["stages=[]"]),
+        ("distill", ["teacher={}"]),
+    ],
 )
 def test_a_refused_command_loads_no_torch(stage: str, words: list[str], tmp_path: Path) -> None:
-    recipe = {"grpo": GRPO, "sft": SFT, "pipeline": "stage: pipeline\n"}[stage]
+    empty = {name: f"stage: {name}\n" for name in ("pipeline", "distill")}
+    recipe = {"grpo": GRPO, "sft": SFT, **empty}[stage]
     (tmp_path / "r.yaml").write_text(recipe)
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", f"posttrain.{stage}", str(tmp_path / "r.yaml"), *words],
