@@ -53,6 +53,7 @@ class DistillJob:
     metrics: dict[str, Metric] = field(default_factory=dict)
     _judged: Counter[str] = field(default_factory=Counter)  # reward -> answers, and "<reward> failed"
     _logged: float = 0.0
+    _last_step: int = -1
 
     # --- what is wanted -----------------------------------------------------------------------------------------------
 
@@ -291,8 +292,9 @@ class DistillJob:
             metrics["distill/cost"] = Metric(self.teacher.spent, "last")
         step = len(self.generations)
         now = time.perf_counter()
-        if now - self._logged > _SECONDS_BETWEEN_LOGS or step >= self.num_samples:
-            self._logged = now
+        is_due = now - self._logged > _SECONDS_BETWEEN_LOGS or step >= self.num_samples
+        if is_due and step > self._last_step:  # answers that are only judged again make no step
+            self._logged, self._last_step = now, step
             self.log.log(step, metrics)
         self.metrics = metrics
         return step, metrics

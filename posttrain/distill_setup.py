@@ -73,7 +73,7 @@ def start(recipe: DistillRecipe, run_dir: RunDir, problems: Problems, *, resume:
         stack.callback(judgements.close)
         run_dir.write_recipe(dump_recipe(recipe))
         run_dir.write_environment(recipe.seed)
-        log = MetricsLog(run_dir.path, recipe.report_to, resume_step=len(generations) if resume else None)
+        log = MetricsLog(run_dir.path, recipe.report_to, resume_step=len(generations) - 1 if resume else None)
         stack.callback(log.close)
         functions = build_rewards(recipe.rewards)
         job = DistillJob(

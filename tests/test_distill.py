@@ -226,7 +226,6 @@ def test_what_could_not_be_judged_is_not_wrong_and_is_judged_again(recorded: Pat
     assert [row["kept"] for row in rows[:3]] == [True, False, False]
     assert len(calls.read_text().splitlines()) == 27
 
-    assert main([*words[:3], f"rewards=[{judge.replace('0.4', '0.3')}]", "--resume"]) == 3  # too many failures now
     (tmp_path / "mended").touch()
     assert main([*words, "--resume"]) == 0
     assert (
@@ -237,7 +236,7 @@ def test_what_could_not_be_judged_is_not_wrong_and_is_judged_again(recorded: Pat
 
     assert main([*words[:3], f"rewards=[{judge.replace('right,', 'right, weight: 2,')}]", "--resume"]) == 0
     assert rows_of(out / "samples/generations.parquet")[0]["reward"] == 2.0
-    assert len(calls.read_text().splitlines()) == 27 + 9 + 9  # a weight judges nothing
+    assert len(calls.read_text().splitlines()) == 27 + 9  # a weight judges nothing
 
     assert main([*words[:3], f"rewards=[{judge}, {other}]", "--resume"]) == 0
     rows = rows_of(out / "samples/generations.parquet")
