@@ -24,7 +24,7 @@ from posttrain.stage_inputs import Input
 Action = Literal["finished", "taken back", "resumed", "started", "started anew"]
 # A stage that trains resumes from a checkpoint, one of these from the books it keeps here. They serve a changed recipe as
 # well, as long as the change is in keys that say what becomes of what is in them: what was paid for is not paid for again.
-BOOKS = {"distill": "journal"}
+BOOKS = {"distill": Path("journal", "generations.jsonl")}
 AFTER_THE_BOOKS = {"distill": ("rewards", "rejection", "selection", "output", "report_to")}
 STALE = ".stale-"
 
@@ -177,7 +177,7 @@ def _books(kind: str, directory: Path, different: Sequence[Change]) -> str | Non
     """The books that a changed stage goes on with; None where it has none, or where they answer another question."""
     keys = AFTER_THE_BOOKS.get(kind, ())
     serves = kind in BOOKS and all(change.key.partition(".")[0] in keys for change in different)
-    return BOOKS[kind] if serves and (directory / BOOKS[kind]).is_dir() else None
+    return BOOKS[kind].parts[0] if serves and (directory / BOOKS[kind]).exists() else None
 
 
 def _judge_unrecorded(stage: Stage, now: Snapshot) -> Verdict:
@@ -195,7 +195,7 @@ def _judge_unrecorded(stage: Stage, now: Snapshot) -> Verdict:
 def _cut_short(stage: Stage, now: Snapshot) -> Verdict:
     kind = stage.recipe.stage
     if kind in BOOKS:
-        goes_on = any((stage.directory / BOOKS[kind]).glob("*"))
+        goes_on = (stage.directory / BOOKS[kind]).exists()
     else:
         goes_on = checkpoint.newest_trained(stage.directory / "checkpoints") is not None
     if goes_on and kind in STAGE_OPTIONS["resume"]:

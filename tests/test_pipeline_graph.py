@@ -18,7 +18,7 @@ from stage_commands import ROOT
 
 from posttrain import checkpoint
 from posttrain.errors import RunStopped
-from posttrain.fingerprints import Change, Digests, Snapshot, changes
+from posttrain.fingerprints import Digests, Snapshot, changes
 from posttrain.lineage import lineage, show_lineage
 from posttrain.pipeline_graph import Stage, build_graph
 from posttrain.pipeline_plan import describe_graph, forecast, require_settled, selected
@@ -29,7 +29,6 @@ from posttrain.stage_inputs import find_inputs
 from posttrain.stage_process import locked
 from posttrain.stage_records import (
     StageRecord,
-    _books,
     judge,
     prune,
     put_aside,
@@ -432,19 +431,40 @@ def test_a_change_taken_back_takes_the_earlier_run_back(home: Path, chain: Path)
     assert expectations(chain, weight)["grpo"] == "started anew"
 
 
-def test_answers_that_were_paid_for_serve_a_recipe_that_judges_them_otherwise(tmp_path: Path) -> None:
-    directory = tmp_path / "distill"
-    (directory / "journal").mkdir(parents=True)
-    (directory / "journal" / "generations.jsonl").write_text("paid for\n")
-    judged, asked = Change("rejection.length.max_tokens", "256 -> 128"), Change("generation.temperature", "1 -> 0.7")
-    assert _books("distill", directory, [judged]) == "journal"
-    assert _books("distill", directory, [judged, asked]) is None
-    assert _books("grpo", directory, [judged]) is None
-    aside = put_aside(directory, "journal")
-    with (directory / "journal" / "generations.jsonl").open("a") as file:
-        file.write("more\n")
+DISTILL = """
+stage: distill
+teacher: {recordings: {path: %s/chats.jsonl}}
+datasets: [{task: chain_sum, size: 10}]
+"""
+
+
+def test_answers_that_were_paid_for_serve_a_recipe_that_judges_them_otherwise(home: Path) -> None:
+    (home / "distill.yaml").write_text(DISTILL % home)
+    dataset = "datasets=[{path: '{run_dir}/answers/dataset.parquet'}]"
+    file = pipeline(home, ("answers", "distill", []), ("sft", "sft", [dataset]))
+    answers, sft = graph(file)
+    assert sft.needs == ("answers",) and [found.key for found in answers.inputs] == ["teacher.recordings.path"]
+
+    journal = answers.directory / "journal" / "generations.jsonl"
+    journal.parent.mkdir(parents=True)
+    digests = Digests(home / "run")
+    StageRecord(snapshot(answers, home / "run", digests), "distill", answers.section.recipe).write(answers.directory)
+    assert judge(answers, home / "run", digests).action == "started"
+    journal.write_text("paid for\n")
+    assert judge(answers, home / "run", digests).action == "resumed"
+
+    (stricter, _) = graph(file, "stages.0.overrides=['rejection.length={max_characters: 9}']")
+    verdict = judge(stricter, home / "run", digests)
+    assert (verdict.action, verdict.books, verdict.resumes) == ("started anew", "journal", True)
+    (other, _) = graph(file, "stages.0.overrides=['rejection.length={max_characters: 9}', seed=1]")
+    verdict = judge(other, home / "run", digests)
+    assert (verdict.action, verdict.books, verdict.resumes) == ("started anew", None, False)
+
+    aside = put_aside(answers.directory, "journal")
+    with journal.open("a") as text:
+        text.write("more\n")
     assert (aside / "journal" / "generations.jsonl").read_text() == "paid for\n"
-    assert [path.name for path in directory.iterdir()] == ["journal"]
+    assert [path.name for path in answers.directory.iterdir()] == ["journal"]
 
 
 def test_stages_are_chosen_by_name(chain: Path) -> None:
