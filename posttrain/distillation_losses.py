@@ -3,7 +3,7 @@
 Soft targets and their temperature: Hinton et al. (arXiv 1503.02531). Forward KL, reverse KL and the generalised
 Jensen-Shannon divergence between them: GKD (arXiv 2306.13649, section 2). Of a large vocabulary the teacher's K likeliest
 tokens can stand for themselves and all others for one event, so that no probability is lost: K tokens made to sum to one
-teach a student to be too sure of them (arXiv 2503.16870, section 3).
+teach a student to be too sure of them (arXiv 2503.16870).
 
 Shapes: C positions, V vocabulary, K of the teacher's likeliest tokens, E events: V, or K + 1 of which the last is all other
 tokens.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ from data.chat import build_tokenizer
 from posttrain import sft_parts
 from posttrain.distillation_losses import distillation_loss, divergence, event_logprobs
 from posttrain.errors import RunStopped
+from posttrain.memory import expected_memory
 from posttrain.model.load import save_policy
-from posttrain.recipe import SftTeacherSection
+from posttrain.plan import describe
+from posttrain.recipe import RecipeError, SftTeacherSection
+from posttrain.recipe_file import check_files
 from tests.oracles.distillation import distilled_loss, divergence_of
 
 LN2, LN3 = math.log(2), math.log(3)
@@ -292,3 +296,24 @@ def test_a_teacher_that_cannot_teach_is_refused(
     recipe = build_recipe(policy_path, chats, tmp_path, teacher={"model_name_or_path": str(teacher_path)})
     with pytest.raises(RunStopped, match="teacher with FSDP"):
         sft_parts.require_teachable(recipe, build_tokenizer())
+
+
+def test_the_plan_and_the_preflight_count_the_teacher_in(policy_path: Path, teacher_path: Path, tmp_path: Path) -> None:
+    section = {"model_name_or_path": str(teacher_path), "weight": 0.25, "divergence": "jsd", "top_k": 8}
+    recipe = build_recipe(policy_path, tmp_path / "chats.jsonl", tmp_path, teacher=section)
+    plan = describe(recipe)
+    assert f"0.75 x cross-entropy + 0.25 x jsd (beta 0.5) to the teacher {teacher_path}" in plan
+    assert "over its 8 likeliest tokens and the rest, at temperature 1" in plan
+    assert re.search(r"its teacher [\d.]+ KiB in each process: float32 weights", plan)
+    policy, teacher = reference_model(policy_path), reference_model(teacher_path)
+    memory = expected_memory(recipe, policy, 107, teacher)
+    assert memory["teacher"] > sum(p.numel() * 4 for p in teacher.parameters())
+    assert "teacher" not in expected_memory(recipe, policy, 107)
+
+
+def test_a_teacher_that_is_not_there_is_noticed_at_once(policy_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text("")
+    nowhere = {"model_name_or_path": str(tmp_path / "nowhere")}
+    recipe = build_recipe(policy_path, tmp_path / "chats.jsonl", tmp_path, teacher=nowhere)
+    with pytest.raises(RecipeError, match=r"teacher\.model_name_or_path: .* does not exist"):
+        check_files(recipe, "r.yaml")
