@@ -34,6 +34,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
+# ruff: noqa: E402  # a file beside this one would hide the package `rewards`
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from data.prompts import to_prompts
 from eval.statistics import Estimate
 from eval.suite import eval_prompts, evaluate
