@@ -67,6 +67,10 @@ class Curve:
     points: dict[int, Estimate] = field(default_factory=dict)
     seconds: float = 0.0  # of training; on-policy sampling included
 
+    def add(self, samples: int, found: Estimate) -> None:
+        self.points[samples] = found
+        print(f"{self.name}, {samples} samples: {_text(found)}", flush=True)
+
     def reaches(self, value: float) -> int | None:
         """The first point at or above a value."""
         return next((samples for samples, found in sorted(self.points.items()) if found.value >= value), None)
@@ -109,8 +113,8 @@ def _generate(prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Co
 class Engine:
     """One vLLM engine that student, teacher and all that is trained take turns in: they have the same shape."""
 
-    def __init__(self, path: Path, seed: int) -> None:
-        os.environ.update(engine_environment(2, 1))  # read by the process that is about to start
+    def __init__(self, path: Path, seed: int, threads: int) -> None:
+        os.environ.update(engine_environment(threads, 1))  # read by the process that is about to start
         self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         self._version = 0
         self._pool.submit(_start, str(path), seed).result()
@@ -139,7 +143,7 @@ class Engine:
 # --- the methods --------------------------------------------------------------------------------------------------------
 
 
-def on_policy(engine: Engine, student: Path, teacher: Path, out: Path, *, steps: int, seed: int) -> Curve:
+def on_policy(engine: Engine, student: Path, teacher: Path, out: Path, *, steps: int, seed: int, threads: int) -> Curve:
     """`python -m posttrain.grpo` with the preset on_policy_distillation, a checkpoint after each step."""
     run_dir = out / "on_policy"
     recipe = {
@@ -158,8 +162,8 @@ def on_policy(engine: Engine, student: Path, teacher: Path, out: Path, *, steps:
         },
         "algorithm": {"preset": "on_policy_distillation", "num_minibatches": 2},
         "optimizer": {"learning_rate": 2e-4, "adam_beta2": 0.99},
-        "sampler": {"max_model_len": 128},
-        "learner": {"row_length": 128},
+        "sampler": {"max_model_len": 128, "num_threads": threads},
+        "learner": {"row_length": 128, "num_threads": threads},
         "checkpoint": {"save_steps": 1, "save_total_limit": steps + 1},
     }
     file = out / "on_policy.yaml"
@@ -172,7 +176,7 @@ def on_policy(engine: Engine, student: Path, teacher: Path, out: Path, *, steps:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     curve.seconds = sum(json.loads(line)["time/step"] for line in lines)
     for step in range(1, steps + 1):
-        curve.points[step * SAMPLES_PER_STEP] = engine.pass_at_1(run_dir / "checkpoints" / f"step-{step}")
+        curve.add(step * SAMPLES_PER_STEP, engine.pass_at_1(run_dir / "checkpoints" / f"step-{step}"))
     return curve
 
 
@@ -240,7 +244,7 @@ def on_answers(
         start = time.perf_counter()
         path = fine_tuned(student, first_lines(answers, count), out / f"{name.split()[0]}-{count}", teacher, seed)
         curve.seconds = time.perf_counter() - start  # of the longest
-        curve.points[count] = engine.pass_at_1(path)
+        curve.add(count, engine.pass_at_1(path))
     return curve
 
 
@@ -252,6 +256,7 @@ def main() -> int:
     parser.add_argument("--student", type=Path, default=Path("runs/quickstart/sft/checkpoints/latest"))
     parser.add_argument("--teacher", type=Path, default=Path("runs/quickstart/grpo/checkpoints/latest"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="of each process; 1 where others keep the cores busy")
     parser.add_argument("--out", type=Path, help="keep all runs there")
     parser.add_argument("--quick", action="store_true", help="fewer samples")
     options = parser.parse_args()
@@ -268,7 +273,8 @@ def main() -> int:
 def measure(options: argparse.Namespace, out: Path) -> int:
     student, teacher, seed = options.student.resolve(), options.teacher.resolve(), options.seed
     counts, steps = (COUNTS[:3], 4) if options.quick else (COUNTS, ON_POLICY_STEPS)
-    engine = Engine(student, seed)
+    torch.set_num_threads(options.threads)
+    engine = Engine(student, seed, options.threads)
     ends = {"student": engine.pass_at_1(student), "teacher": engine.pass_at_1(teacher)}
     threshold = ends["student"].value + THRESHOLD * (ends["teacher"].value - ends["student"].value)
     answers = out / "answers.jsonl"
@@ -276,7 +282,7 @@ def measure(options: argparse.Namespace, out: Path) -> int:
     shared: dict[str, Any] = {"counts": counts, "seed": seed}
     logits = {"model_name_or_path": str(teacher), "weight": 1.0}
     curves = [
-        on_policy(engine, student, teacher, out, steps=steps, seed=seed),
+        on_policy(engine, student, teacher, out, steps=steps, seed=seed, threads=options.threads),
         on_answers("SFT on the teacher's answers", engine, student, answers, out, teacher=None, **shared),
         on_answers("logit distillation on them", engine, student, answers, out, teacher=logits, **shared),
     ]
