@@ -72,5 +72,6 @@ def require_same_vocabulary(tokenizer: Any, teacher_tokenizer: Any, teacher: str
     raise RunStopped(
         f"teacher.model_name_or_path: {teacher!r} has another vocabulary than the policy ({len(theirs)} tokens and "
         f"{len(ours)}; {len(differing)} differ, first {first!r}: {theirs.get(first)} and {ours.get(first)}); take a teacher "
-        f"with the policy's tokenizer, or use its answers for SFT"
+        f"with the policy's tokenizer, or distil text: python -m posttrain.distill samples the teacher's answers and SFT "
+        f"trains on them"
     )

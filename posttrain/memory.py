@@ -13,7 +13,7 @@ from posttrain.recipe import SftRecipe
 OPTIMIZER_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adafactor": 0, "sgd": 0}
 
 
-def expected_memory(recipe: SftRecipe, policy: Any, vocabulary: int) -> dict[str, int]:
+def expected_memory(recipe: SftRecipe, policy: Any, vocabulary: int, teacher: Any = None) -> dict[str, int]:
     """Bytes of one process, by purpose.
 
     Weights, gradients and optimizer state are exact; activations are an estimate for a decoder with dense attention masks:
@@ -24,6 +24,7 @@ def expected_memory(recipe: SftRecipe, policy: Any, vocabulary: int) -> dict[str
         recipe: of the run.
         policy: the model with its adapters.
         vocabulary: tokens.
+        teacher: the model that is learnt from, if there is one.
     """
     training, config = recipe.training, policy.config
     parameters = list(policy.parameters())
@@ -36,12 +37,18 @@ def expected_memory(recipe: SftRecipe, policy: Any, vocabulary: int) -> dict[str
     attention = 2 * config.num_attention_heads * training.max_length
     per_layer = tokens * (16 * hidden + 4 * mlp * active + attention) * width
     kept = per_layer + layers * tokens * hidden * width if training.gradient_checkpointing else layers * per_layer
+    beside = {}
+    if teacher is not None and recipe.teacher is not None:
+        # Its activations are one layer's at a time; of logits there are the two models' and what is made of them.
+        beside["teacher"] = sum(p.numel() * p.element_size() for p in teacher.parameters())
+        beside["teacher"] += min(tokens, recipe.teacher.logits_chunk) * vocabulary * 4 * 6
     return {
         "weights": sum(p.numel() * p.element_size() for p in parameters),
         "gradients": trained * 4,
         "optimizer": trained * OPTIMIZER_BYTES[training.optim],
         "activations": kept,
         "loss": 256 * vocabulary * 4 * 3,
+        **beside,
     }
 
 

@@ -29,6 +29,8 @@ from posttrain.recipe import (
     RouterSection,
     SamplerSection,
     SftRecipe,
+    SftTeacherSection,
+    TeacherSection,
     UpcycleRecipe,
 )
 from posttrain.recipe_file import stage_recipe
@@ -55,6 +57,9 @@ def describe(recipe: Recipe) -> str:
         lines += _model(recipe.model) + _sft_trained(recipe) + _data(recipe.datasets) + _sft(recipe)
         lines += _eval(recipe.eval) + _checkpoints(recipe.checkpoint)
         lines += _memory(recipe.model, recipe.sampler if recipe.eval else None, trains=True, beta=0.0)
+        lines += _teacher_memory(
+            recipe.model, recipe.teacher, "process", recipe.teacher.dtype if recipe.teacher else ""
+        )
     elif isinstance(recipe, RewardModelRecipe):
         lines += [
             *_model(recipe.model),
@@ -193,6 +198,20 @@ def _sft_trained(recipe: SftRecipe) -> list[str]:
     return lines
 
 
+def _sft_loss(recipe: SftRecipe) -> list[str]:
+    lines = [f"loss        on {_LOSS_ON[recipe.training.loss_on]}"]
+    if recipe.teacher is not None:
+        teacher = recipe.teacher
+        kind = f"jsd (beta {teacher.beta:g})" if teacher.divergence == "jsd" else teacher.divergence
+        events = "all tokens" if teacher.top_k is None else f"its {teacher.top_k} likeliest tokens and the rest"
+        lines += [
+            f"            {1 - teacher.weight:g} x cross-entropy + {teacher.weight:g} x {kind} to the teacher "
+            f"{teacher.model_name_or_path}",
+            f"            over {events}, at temperature {teacher.temperature:g}",
+        ]
+    return lines
+
+
 def _grpo_trained(recipe: GrpoRecipe) -> list[str]:
     if recipe.lora is None:
         return _trained(recipe.router)
@@ -291,12 +310,19 @@ def _beside(recipe: GrpoRecipe) -> list[str]:
     )
     if critic and (count := _parameters(critic)):
         lines.append(f"            each critic {_size(count * 16)}: as a learner")
-    teacher = recipe.teacher and recipe.model.model_copy(
-        update={"model_name_or_path": recipe.teacher.model_name_or_path}
-    )
-    if teacher and (count := _parameters(teacher)):
-        lines.append(f"            its teacher {_size(count * 4)} in each learner: float32 weights")
-    return lines
+    return lines + _teacher_memory(recipe.model, recipe.teacher, "learner", "float32")
+
+
+def _teacher_memory(
+    model: ModelSection, section: TeacherSection | SftTeacherSection | None, place: str, dtype: str
+) -> list[str]:
+    if section is None:
+        return []
+    teacher = model.model_copy(update={"model_name_or_path": section.model_name_or_path, "build": None})
+    count = _parameters(teacher)
+    if count is None:
+        return []
+    return [f"            its teacher {_size(count * _BYTES[dtype])} in each {place}: {dtype} weights"]
 
 
 def _size(num_bytes: float) -> str:
@@ -327,7 +353,7 @@ def _sft(recipe: SftRecipe) -> list[str]:
         f"batch       {training.per_device_train_batch_size} {kind} x {training.gradient_accumulation_steps} accumulated "
         f"= {rows} {kind} of up to {training.max_length} tokens per optimizer step and rank",
         f"            = up to {rows * training.max_length:,} tokens per optimizer step and rank",
-        f"loss        on {_LOSS_ON[training.loss_on]}",
+        *_sft_loss(recipe),
         *_schedule(training, recipe.optimizer),
     ]
 

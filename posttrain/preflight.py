@@ -48,7 +48,7 @@ class PreflightReport:
 
 
 def inspect_run(
-    recipe: SftRecipe, *, policy: Any, tokenizer: Any, rows: Sequence[Row], counts: RowCounts
+    recipe: SftRecipe, *, policy: Any, tokenizer: Any, rows: Sequence[Row], counts: RowCounts, teacher: Any = None
 ) -> PreflightReport:
     """Look at everything that can be looked at without training.
 
@@ -58,13 +58,14 @@ def inspect_run(
         tokenizer: with the template that is used.
         rows: packed rows; of a stream, the first.
         counts: what became of the chats.
+        teacher: the model whose distributions are learnt, if there is one.
     """
     stop_ids = stop_tokens(policy, tokenizer)
     loss_on = recipe.training.loss_on
     template = check_template(tokenizer, loss_on=loss_on, stop_ids=stop_ids)
     table = trained_parameters(policy)
     isolation = isolation_gap(policy, rows) if recipe.training.packing else None
-    memory = expected_memory(recipe, policy, len(tokenizer))
+    memory = expected_memory(recipe, policy, len(tokenizer), teacher)
     stopped = stop_share(rows, stop_ids)
     findings = (
         check_counts(counts)

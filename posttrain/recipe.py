@@ -68,6 +68,7 @@ from posttrain.sft_recipe import (
     PreparationSection,
     SftRecipe,
     SftRouterSection,
+    SftTeacherSection,
     TrainingSection,
     ValidationSection,
 )
@@ -119,6 +120,7 @@ __all__ = [
     "SelectionSection",
     "SftRecipe",
     "SftRouterSection",
+    "SftTeacherSection",
     "StageSection",
     "TeacherSection",
     "TrainingSection",

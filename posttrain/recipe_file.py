@@ -128,7 +128,7 @@ def check_files(recipe: Recipe, source: str | Path, *, made_in: Path | None = No
         RecipeError: a file does not exist, or a checkpoint has no config.json.
     """
     for key, value in _walk(recipe):
-        if not key.endswith(("model.model_name_or_path", ".path")) or not isinstance(value, str):
+        if not key.endswith((".model_name_or_path", ".path")) or not isinstance(value, str):
             continue
         path = Path(value).expanduser()
         if not is_local_path(value) or (made_in is not None and path.is_relative_to(made_in)):

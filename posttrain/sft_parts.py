@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +20,11 @@ from trl import SFTConfig
 from data.records import Record
 from data.templates import set_chat_template
 from posttrain import checkpoint, preflight, preflight_view, sft_data
+from posttrain.distillation import require_same_vocabulary
+from posttrain.errors import RunStopped
 from posttrain.model import load, lora, mtp
 from posttrain.model.balance import RouterBalance
+from posttrain.model.logit_teacher import LogitTeacher
 from posttrain.model.mtp_objective import MtpObjective
 from posttrain.model.policy_files import PolicyFiles
 from posttrain.model.router import find_routers
@@ -56,6 +60,7 @@ class SftJob:
     rows: SftRows
     balance: RouterBalance
     objective: MtpObjective | None
+    teacher: LogitTeacher | None
     resumed_from: Path | None
     is_main: bool
 
@@ -77,10 +82,11 @@ def load_job(recipe: SftRecipe, origin: Path, last: Path | None, ranks: PartialS
         ranks: of this run.
 
     Raises:
-        RunStopped: there is nothing to train on.
+        RunStopped: there is nothing to train on, or the teacher is none for this policy.
         ValueError: the recipe asks for what this policy cannot do.
     """
     tokenizer = load.load_tokenizer(str(origin), trust_remote_code=recipe.model.trust_remote_code)
+    require_teachable(recipe, tokenizer)
     if recipe.training.chat_template is not None:
         set_chat_template(tokenizer, recipe.training.chat_template)
     policy, objective = load_policy(recipe, origin, last)
@@ -93,6 +99,7 @@ def load_job(recipe: SftRecipe, origin: Path, last: Path | None, ranks: PartialS
         rows=load_rows(recipe, maker, last),
         balance=RouterBalance(find_routers(policy), recipe.router),
         objective=objective,
+        teacher=load_teacher(recipe, policy, len(tokenizer), ranks),
         resumed_from=last,
         is_main=ranks.is_main_process,
     )
@@ -131,6 +138,43 @@ def load_policy(recipe: SftRecipe, origin: Path, last: Path | None) -> tuple[Any
             router=recipe.router,
         )
     return policy, objective
+
+
+def require_teachable(recipe: SftRecipe, tokenizer: Any) -> None:
+    """Look at the teacher before anything large is loaded.
+
+    Raises:
+        RunStopped: it has another vocabulary, or the policy is to be sharded.
+    """
+    if recipe.teacher is None:
+        return
+    path = recipe.teacher.model_name_or_path
+    of_teacher = load.load_tokenizer(path, trust_remote_code=recipe.model.trust_remote_code)
+    require_same_vocabulary(tokenizer, of_teacher, path)
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise RunStopped(
+            "teacher with FSDP: logit distillation uses the policy's head outside its forward pass, where a sharded head is "
+            "not whole; start without --use_fsdp (lora and gradient_checkpointing save memory), or distil text or on policy"
+        )
+
+
+def load_teacher(recipe: SftRecipe, policy: Any, num_tokens: int, ranks: PartialState) -> LogitTeacher | None:
+    """The frozen model that the recipe's `teacher` names, whole on every rank.
+
+    Raises:
+        RunStopped: see `LogitTeacher`.
+    """
+    section = recipe.teacher
+    if section is None:
+        return None
+    model = load.load_policy(
+        section.model_name_or_path,
+        dtype=section.dtype,
+        attn_implementation=recipe.model.attn_implementation,
+        experts_implementation=recipe.model.experts_implementation,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    return LogitTeacher(policy, model.to(ranks.device), section, num_tokens)
 
 
 def load_rows(recipe: SftRecipe, maker: RowMaker, last: Path | None) -> SftRows:
@@ -190,7 +234,14 @@ def show_preflight(job: SftJob, recipe: SftRecipe, run_dir: RunDir) -> None:
     prepared = {**job.rows.counts.to_dict(), "preparation": job.rows.report}
     write_atomically(run_dir.path / "data.json", json.dumps(prepared, indent=2))
     rows, tokenizer = job.rows.preview, job.maker.tokenizer
-    report = preflight.inspect_run(recipe, policy=job.policy, tokenizer=tokenizer, rows=rows, counts=job.rows.counts)
+    report = preflight.inspect_run(
+        recipe,
+        policy=job.policy,
+        tokenizer=tokenizer,
+        rows=rows,
+        counts=job.rows.counts,
+        teacher=job.teacher.model if job.teacher else None,
+    )
     preflight_view.show(report, rows, tokenizer)
     write_atomically(run_dir.path / "preflight.json", json.dumps(report.facts, indent=2))
     preflight.require(report)
@@ -210,6 +261,7 @@ def build_trainer(recipe: SftRecipe, run_dir: RunDir, job: SftJob) -> PolicyTrai
     trainer = PolicyTrainer(
         balance=job.balance,
         mtp=job.objective,
+        teacher=job.teacher,
         files=job.files,
         stream=stream,
         checkpoints=run_dir.checkpoints,

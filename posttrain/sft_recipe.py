@@ -96,6 +96,27 @@ class MtpSection(Section):
     detach_trunk: bool = False  # the extra loss trains the extra module only
 
 
+class SftTeacherSection(Section):
+    """Logit distillation: beside the token itself, a teacher's whole distribution is learnt at each trained token."""
+
+    model_name_or_path: str  # with the policy's tokenizer; loaded like the policy, and not trained
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the teacher's weights
+    weight: Annotated[Number, Field(gt=0, le=1)] = 0.5  # of the divergence in the loss; the cross-entropy has the rest
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    beta: Annotated[Number, Field(gt=0, lt=1)] = 0.5  # jsd: near 0 like forward_kl, near 1 like reverse_kl
+    temperature: Positive = 1.0  # of both distributions
+    top_k: PositiveInt | None = None  # the teacher's likeliest tokens and one event for all others; None: all tokens
+    logits_chunk: PositiveInt = 1024  # positions whose logits are in memory together
+
+    @model_validator(mode="after")
+    def _beta_counts(self) -> SftTeacherSection:
+        if self.divergence != "jsd" and "beta" in self.model_fields_set:
+            raise ValueError(
+                f"beta={self.beta:g} has no meaning with divergence: {self.divergence}; set divergence: jsd, or remove it"
+            )
+        return self
+
+
 class SftRecipe(Recipe):
     """Supervised fine-tuning with TRL's SFTTrainer."""
 
@@ -110,6 +131,7 @@ class SftRecipe(Recipe):
     router: SftRouterSection = SftRouterSection()
     mtp: MtpSection | None = None
     lora: LoraSection | None = None
+    teacher: SftTeacherSection | None = None
     sampler: SamplerSection = SamplerSection()
     validation: ValidationSection | None = None
     eval: EvalSection | None = None

@@ -18,6 +18,7 @@ from trl import SFTTrainer
 from posttrain import checkpoint
 from posttrain.model import router
 from posttrain.model.balance import RouterBalance
+from posttrain.model.logit_teacher import LogitTeacher
 from posttrain.model.mtp_objective import MtpObjective
 from posttrain.model.policy_files import PolicyFiles
 from posttrain.sft_data import IGNORED, PackedStream
@@ -32,6 +33,7 @@ class PolicyTrainer(WholeCheckpoints, SFTTrainer):
     Args:
         balance: watches and balances the routers.
         mtp: the extra prediction depth, None without.
+        teacher: whose distributions are learnt beside the tokens, None without.
         checkpoints: the run's directory of checkpoints.
         keep: how many to keep.
         files: writes the policy.
@@ -44,6 +46,7 @@ class PolicyTrainer(WholeCheckpoints, SFTTrainer):
         *,
         balance: RouterBalance,
         mtp: MtpObjective | None,
+        teacher: LogitTeacher | None,
         checkpoints: Path,
         keep: int,
         files: PolicyFiles,
@@ -53,6 +56,7 @@ class PolicyTrainer(WholeCheckpoints, SFTTrainer):
         super().__init__(**settings)
         self._balance = balance
         self._mtp = mtp
+        self._teacher = teacher
         self._use_checkpoints(checkpoints, keep, files.write)
         self._files = files
         self._stream = stream
@@ -78,16 +82,13 @@ class PolicyTrainer(WholeCheckpoints, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Cross-entropy by TRL; balance and multi-token prediction by us."""
+        """Cross-entropy by TRL; distillation, balance and multi-token prediction by us."""
         assert not return_outputs
         sequence_N = _row_sequences(inputs).flatten()
         inputs = {name: value for name, value in inputs.items() if name != "row_lengths"}
         policy = self.accelerator.unwrap_model(model)
-        states: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
-        if self._mtp is not None:
-            states = self._mtp.capture(policy)
         routing = router.record_routing(self._balance.routers, with_gradient=self._balance.needs_gradient)
-        with routing as trace, states as hidden:
+        with routing as trace, _caught(self._mtp, policy) as hidden, _caught(self._teacher, policy) as states:
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         ranks = self.accelerator.num_processes
         if not self.model.training:
@@ -95,6 +96,10 @@ class PolicyTrainer(WholeCheckpoints, SFTTrainer):
         self._balance.observe(trace, sequence_N >= 0)
         self._add(TOKENS, (sequence_N >= 0).sum().float())
         self._add("nll", loss / ranks)
+        if self._teacher is not None:
+            weight = self._teacher.weight
+            own = (1 - weight) * loss if weight < 1 else 0.0  # what counts nothing needs no backward pass
+            loss = own + self._distil(policy, states, inputs, num_items_in_batch) * (weight * ranks)
         if self._balance.needs_gradient:
             balance = self._balance.loss(
                 trace, sequence_N, num_sequences=self._num_sequences, num_microbatches=self._num_microbatches
@@ -106,6 +111,17 @@ class PolicyTrainer(WholeCheckpoints, SFTTrainer):
             self._add("mtp_loss", mtp_sum / self._num_mtp_tokens)
             loss = loss + mtp_sum * (self._mtp.loss_weight * ranks / self._num_mtp_tokens)
         return loss
+
+    def _distil(
+        self, policy: Any, states: list[torch.Tensor], inputs: dict[str, Any], num_tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """This microbatch's part of the mean divergence from the teacher over the step's trained tokens."""
+        assert self._teacher is not None
+        loss_sum, sums = self._teacher.loss_sum(policy, states, inputs)
+        num_tokens = torch.as_tensor(num_tokens, device=loss_sum.device).clamp(min=1)
+        for name, value in sums.items():
+            self._add(f"distillation/{name}", value / num_tokens)
+        return loss_sum / num_tokens
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self._sums[name] = self._sums.get(name, torch.zeros_like(value.detach())) + value.detach()
@@ -131,7 +147,8 @@ class PolicyTrainer(WholeCheckpoints, SFTTrainer):
     def last_metrics(self) -> dict[str, float]:
         """Of the last logged steps, and the best held-out loss."""
         best = {} if self.state.best_metric is None else {"validation/best_loss": self.state.best_metric}
-        return {**{name: value for name, value in self._last.items() if name in ("loss", "nll", "mtp_loss")}, **best}
+        names = ("loss", "nll", "mtp_loss", "distillation/divergence")
+        return {**{name: value for name, value in self._last.items() if name in names}, **best}
 
     def last_counts(self) -> torch.Tensor:
         """Tokens that each expert received in the last optimizer step, [L, E]."""
@@ -207,6 +224,11 @@ class PolicyTrainer(WholeCheckpoints, SFTTrainer):
         """Rows that an optimizer step takes, all ranks together."""
         args = self.args
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+
+
+def _caught(objective: MtpObjective | LogitTeacher | None, policy: Any) -> AbstractContextManager[list[torch.Tensor]]:
+    """The states that an objective needs of the policy's forward pass; none without it."""
+    return nullcontext([]) if objective is None else objective.capture(policy)
 
 
 def _row_sequences(batch: dict[str, Any]) -> torch.Tensor:

@@ -72,7 +72,8 @@ def test_data_and_rewards_stand_on_types_alone() -> None:
 
 
 def test_mathematics_knows_neither_recipes_nor_engines() -> None:
-    for name in ("posttrain/losses.py", "posttrain/advantages.py", "posttrain/packing.py"):
+    for name in ("losses", "distillation_losses", "advantages", "packing"):
+        name = f"posttrain/{name}.py"
         ours = {m for m in imports(ROOT / name) if m.split(".")[0] in OURS and not m.startswith("posttrain.types")}
         assert not ours, (name, ours)
 

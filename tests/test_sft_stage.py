@@ -96,9 +96,10 @@ def test_an_interrupt_saves_the_step_it_was_at(recipe: Path, tmp_path: Path) -> 
     assert not json.loads((out / "summary.json").read_text())["finished"]
 
 
-def test_two_ranks_train_what_one_does(recipe: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_what_one_does(recipe: Path, policy_path: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     words = ["training.max_steps=6", "mtp={init: new}", "validation={fraction: 0.2, eval_steps: 3}"]
+    words.append(f"teacher={{model_name_or_path: {policy_path}, weight: 0.4, temperature: 1.5, top_k: 8}}")
     code, output = run("posttrain.sft", str(recipe), f"output_dir={one}", *words)
     assert code == 0, output
     ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29713"]
@@ -109,7 +110,8 @@ def test_two_ranks_train_what_one_does(recipe: Path, tmp_path: Path) -> None:
     for name, tensor in weights(one).items():
         torch.testing.assert_close(weights(two)[name], tensor, atol=5e-5, rtol=1e-4)
     for ours, theirs in zip(metrics(one), metrics(two), strict=True):
-        for key in ("train/nll", "train/balance_loss", "train/mtp_loss", "router/max_violation", "train/grad_norm"):
+        keys = ["train/nll", "train/balance_loss", "train/mtp_loss", "router/max_violation", "train/grad_norm"]
+        for key in [*keys, "distillation/divergence", "distillation/teacher_mass"]:
             assert theirs[key] == pytest.approx(ours[key], rel=1e-4), key
     assert metrics(two)[-1]["validation/loss"] == pytest.approx(metrics(one)[-1]["validation/loss"], rel=1e-4)
 

@@ -33,7 +33,7 @@ class TokenScorer(torch.nn.Module):
         self.model = model
         self._chunk = chunk
         if chunk is not None:
-            _require_plain_head(model)
+            require_plain_head(model, "set learner.logits_chunk: null, which keeps all logits in memory")
 
     def forward(
         self,
@@ -65,7 +65,7 @@ class TokenScorer(torch.nn.Module):
                 entropy_gradient=entropy_gradient,
                 candidates_RWC=candidates_RWC,
             )
-        hidden_RWD = _trunk(self.model)(**inputs).last_hidden_state
+        hidden_RWD = trunk(self.model)(**inputs).last_hidden_state
         # Position w - 1 predicts token w; a row's first token is never trained.
         places = mask_RW[:, 1:].nonzero(as_tuple=True)
         states_ND, targets_N = hidden_RWD[:, :-1][places], input_ids_RW[:, 1:][places]
@@ -105,19 +105,27 @@ class TokenScorer(torch.nn.Module):
         return found
 
 
-def _trunk(model: Any) -> Any:
+def trunk(model: Any) -> Any:
+    """The model without its head."""
     return getattr(model, model.base_model_prefix)
 
 
 @torch.no_grad()
-def _require_plain_head(model: Any) -> None:
-    """Compare the model's own logits with those of trunk and head, on a few tokens."""
+def require_plain_head(model: Any, cure: str) -> None:
+    """Compare the model's own logits with those of trunk and head, on a few tokens.
+
+    Raises:
+        ValueError: they differ; the message ends with the cure.
+    """
     device = next(model.parameters()).device
     ids = torch.arange(8, device=device)[None] % model.config.get_text_config().vocab_size
+    training = model.training
+    model.eval()  # dropout would make any two passes differ
     own = model(input_ids=ids, use_cache=False).logits
-    split = model.get_output_embeddings()(_trunk(model)(input_ids=ids, use_cache=False).last_hidden_state)
+    split = model.get_output_embeddings()(trunk(model)(input_ids=ids, use_cache=False).last_hidden_state)
+    model.train(training)
     if not torch.equal(own, split):
         raise ValueError(
-            f"learner.logits_chunk: {type(model).__name__} does more to its logits than its head (they differ by "
-            f"{float((own - split).abs().max()):.1e}); set learner.logits_chunk: null, which keeps all logits in memory"
+            f"{type(model).__name__} does more to its logits than its head (they differ by "
+            f"{float((own - split).abs().max()):.1e}); {cure}"
         )
