@@ -157,8 +157,8 @@ class DatasetSection(Section):
             raise ValueError(f"{', '.join(useless)} has no meaning beside {kind}; remove it")
         if self.adapter is not None and self.columns:
             raise ValueError(
-                f"adapter={self.adapter!r} and columns both say what becomes of the columns; remove one (an adapter gives them "
-                f"our names)"
+                f"adapter={self.adapter!r} and columns both say what becomes of the columns; remove one (an "
+                f"adapter gives them our names)"
             )
         if len(set(self.levels)) < len(self.levels):
             raise ValueError(f"levels={list(self.levels)} names a level twice; name each once")
