@@ -13,11 +13,13 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
+from data.adapters import adapted, adapter_for, resolve_adapter
 from data.answers import fraction_of
 from data.corruption import CORRUPTIONS, Corruption, Solution, applicable, corrupt
-from data.files import all_rows, check_size
+from data.files import Row, all_rows, check_size
 from data.records import CHAT_COLUMNS, Record, check_found, check_names, parse_row
 from data.sources import task_records
 from data.tasks import Split, get_task
@@ -123,6 +125,7 @@ def file_pairs(
     columns: Mapping[str, str] | None = None,
     name: str | None = None,
     size: int | None = None,
+    adapter: str | None = None,
 ) -> list[Pair]:
     """Pairs of a JSONL or Parquet file, of a folder of them, or of a hub dataset; see `data.sources.file_records`.
 
@@ -131,7 +134,14 @@ def file_pairs(
     """
     columns = columns or {}
     check_names(columns, path, COLUMNS)
-    rows = all_rows(path, split, name)
+    adapter = adapter_for(path, adapter, columns, "pairs")
+    if adapter is not None:
+        resolve_adapter(adapter, "pairs")
+    rows: Sequence[Row] = all_rows(path, split, name)
+    if adapter is not None:
+        rows = list(islice(adapted(iter(rows), adapter, "pairs"), size))
+        if not rows:
+            raise ValueError(f"{path!r}: adapter {adapter} leaves every row out; choose another split or adapter")
     check_size(path, len(rows), size)
     values = [(row, row.columns()) for row in rows[:size]]
     if columns:

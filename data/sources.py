@@ -12,6 +12,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+from data.adapters import adapted, adapter_for, resolve_adapter
 from data.files import Row, all_rows, check_size, open_shards
 from data.records import Record, check_found, check_names, parse_row
 from data.tasks import Split, TaskItem, get_task
@@ -84,6 +85,7 @@ def file_records(
     columns: Mapping[str, str] | None = None,
     name: str | None = None,
     size: int | None = None,
+    adapter: str | None = None,
 ) -> list[Record]:
     """Records of a JSONL or Parquet file, of a folder of them, or of a hub dataset. Local data never use the network.
 
@@ -94,13 +96,22 @@ def file_records(
         columns: our column name -> theirs, for those that differ, e.g. {"answer": "solution"}.
         name: configuration of a hub dataset.
         size: take the first so many; None takes all.
+        adapter: what turns their rows into ours (see `data.adapters`); None takes that of a known hub name, if no columns
+            are mapped.
 
     Raises:
         ValueError: nothing there, no such split, missing columns, or a row that is no record (file and row are named).
     """
     columns = columns or {}
     check_names(columns, path)
-    rows = all_rows(path, split, name)
+    adapter = adapter_for(path, adapter, columns, "records")
+    if adapter is not None:
+        resolve_adapter(adapter, "records")
+    rows: Sequence[Row] = all_rows(path, split, name)
+    if adapter is not None:
+        rows = list(islice(adapted(iter(rows), adapter, "records"), size))
+        if not rows:
+            raise ValueError(f"{path!r}: adapter {adapter} leaves every row out; choose another split or adapter")
     check_size(path, len(rows), size)
     _check_columns(columns, iter(rows), path)
     return [_file_record(columns, split, row) for row in rows[:size]]
@@ -112,6 +123,7 @@ def file_source(
     columns: Mapping[str, str] | None = None,
     name: str | None = None,
     size: int | None = None,
+    adapter: str | None = None,
 ) -> Source:
     """The records of `file_records`, read row by row; `split` may carry a slice of row numbers only.
 
@@ -122,11 +134,24 @@ def file_source(
     """
     columns = columns or {}
     check_names(columns, path)
+    adapter = adapter_for(path, adapter, columns, "records")
+    if adapter is not None:
+        resolve_adapter(adapter, "records")
+        if size is not None:
+            raise ValueError(
+                f"size={size} of {path!r}, streamed through adapter {adapter}: rows may be left out, so they are not counted; "
+                f"give a split like train[:{size}], which counts rows"
+            )
     shards = open_shards(path, split, name, size)
     if next(shards.rows(), None) is None:
         raise ValueError(f"{path!r} is empty; write at least one record to it")
     _check_columns(columns, shards.rows(), path)
-    return Source(path, shards.parts, shards.read, partial(_file_record, columns, split))
+    read = shards.read if adapter is None else partial(_read_adapted, shards.read, adapter)
+    return Source(path, shards.parts, read, partial(_file_record, columns, split))
+
+
+def _read_adapted(read: Callable[[Any], Iterator[Row]], adapter: str, part: Any) -> Iterator[Row]:
+    return adapted(read(part), adapter, "records")
 
 
 def _check_columns(columns: Mapping[str, str], rows: Iterator[Row], path: str) -> None:

@@ -233,7 +233,7 @@ def check_recipe(recipe: Recipe, source: str | Path, *, made_in: Path | None = N
 
 
 def check_tasks(recipe: Recipe, source: str | Path) -> None:
-    """Check that every generated task, and each of its levels, exists.
+    """Check that every generated task, each of its levels, and every adapter exists.
 
     Raises:
         RecipeError: there is no such task or level.
@@ -251,6 +251,8 @@ def check_tasks(recipe: Recipe, source: str | Path) -> None:
     for key, sections in lists.items():
         for index, section in enumerate(sections):
             if section.task is None:
+                if section.adapter is not None:
+                    _check_adapter(recipe, section.adapter, f"{source}: {key}.{index}.adapter")
                 continue
             if section.task not in task_names():
                 hint = nearest(section.task, task_names()) or f"; tasks are {', '.join(task_names())}"
@@ -262,6 +264,15 @@ def check_tasks(recipe: Recipe, source: str | Path) -> None:
                     f"{source}: {key}.{index}.levels: {section.task} has no level {wrong[0]}; "
                     f"use some of {', '.join(map(str, known))}"
                 )
+
+
+def _check_adapter(recipe: Recipe, adapter: str, place: str) -> None:
+    from data.adapters import resolve_adapter
+
+    try:
+        resolve_adapter(adapter, "pairs" if recipe.stage == "reward_model" else "records")
+    except ValueError as error:
+        raise RecipeError(f"{place}: {error}") from None
 
 
 def check_rewards(recipe: Recipe, source: str | Path) -> None:

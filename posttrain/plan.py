@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain.architectures import ARCHITECTURES, Architecture
 from posttrain.distill_plan import distill_lines
 from posttrain.recipe import (
     BuildSection,
@@ -166,6 +167,9 @@ def _parameters(model: ModelSection) -> int | None:
     if model.build is not None:
         return parameter_count(model.build, TINY_VOCABULARY)
     assert model.model_name_or_path is not None
+    known = ARCHITECTURES.get(model.model_name_or_path)
+    if known is not None and not Path(model.model_name_or_path).exists():
+        return known.parameters
     return checkpoint_parameters(Path(model.model_name_or_path))
 
 
@@ -180,7 +184,20 @@ def _model(model: ModelSection) -> list[str]:
         kind = read_config(Path(str(model.model_name_or_path))).get("model_type")
         origin = f"{model.model_name_or_path}" + (f" ({kind})" if kind else "")
     size = f"{count:,} parameters" if count is not None else "size unknown until its files are here"
-    return [f"policy      {origin}, {size}, {model.dtype}"]
+    lines = [f"policy      {origin}, {size}, {model.dtype}"]
+    known = ARCHITECTURES.get(str(model.model_name_or_path))
+    return lines if known is None else lines + _known(known)
+
+
+def _known(known: Architecture) -> list[str]:
+    """What the shipped shape of a hub model says; a plan does not look on the hub."""
+    need = known.parameters * 16
+    shares = ", ".join(f"{ranks}: {_size(need / ranks)}" for ranks in (8, 64, 512))
+    return [
+        f"            by its shipped shape; {known.active_parameters:,} parameters active for a token, embeddings included",
+        f"            KV cache {_size(known.cache_bytes)} a token in bfloat16",
+        f"            16 bytes a parameter for training = {_size(need)}; by FSDP2 over ranks, each of {shares}",
+    ]
 
 
 def _sft_trained(recipe: SftRecipe) -> list[str]:

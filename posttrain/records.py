@@ -166,7 +166,8 @@ def section_records(section: DatasetSection, split: str, seed: int) -> list[Reco
         assert section.size is not None  # the recipe requires it
         return task_records(section.task, section.levels, task_split(section, split), section.size, seed)
     assert section.path is not None
-    return file_records(section.path, section.split or split, section.columns, section.name, section.size)
+    wanted = section.split or split
+    return file_records(section.path, wanted, section.columns, section.name, section.size, section.adapter)
 
 
 def evaluation_records(sections: Sequence[DatasetSection], seed: int) -> list[Record]:
@@ -186,7 +187,8 @@ def _chat_source(section: DatasetSection, seed: int) -> Source:
         source = task_source(section.task, section.levels, split, section.size, seed)
     else:
         assert section.path is not None
-        source = file_source(section.path, section.split or "train", section.columns, section.name, section.size)
+        split_name = section.split or "train"
+        source = file_source(section.path, split_name, section.columns, section.name, section.size, section.adapter)
 
     def chat(row: Any) -> Record:
         return sft_record(

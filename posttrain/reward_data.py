@@ -88,7 +88,8 @@ def section_pairs(sections: Sequence[PairDatasetSection], seed: int, split: Lite
 def _pairs(section: PairDatasetSection, split: str, seed: int) -> list[Pair]:
     if section.task is None:
         assert section.path is not None  # the recipe has one of the two
-        return file_pairs(section.path, section.split or split, section.columns, section.name, section.size)
+        wanted = section.split or split
+        return file_pairs(section.path, wanted, section.columns, section.name, section.size, section.adapter)
     assert section.size is not None
     return task_pairs(
         section.task,

@@ -141,6 +141,7 @@ class DatasetSection(Section):
     name: str | None = None  # configuration of a hub dataset
     split: str | None = None  # default: "train" for training, "eval" (tasks) or "test" (files) for evaluation
     columns: Mapping[str, str] = Field(default_factory=dict)  # our column name -> theirs
+    adapter: str | None = None  # what turns their rows into ours; None: that of the hub name, where one is shipped
     weight: Positive = 1.0
 
     @model_validator(mode="after")
@@ -149,11 +150,16 @@ class DatasetSection(Section):
             raise ValueError("give exactly one of task (a generated family) and path (a file or hub name)")
         if self.task is not None and self.size is None:
             raise ValueError(f"task {self.task!r} needs size, the number of records to generate; add e.g. size: 1000")
-        ignored = {"name", "columns"} if self.task is not None else {"levels"}
+        ignored = {"name", "columns", "adapter"} if self.task is not None else {"levels"}
         useless = sorted(ignored & self.model_fields_set)
         if useless:
             kind = "task" if self.task is not None else "path"
             raise ValueError(f"{', '.join(useless)} has no meaning beside {kind}; remove it")
+        if self.adapter is not None and self.columns:
+            raise ValueError(
+                f"adapter={self.adapter!r} and columns both say what becomes of the columns; remove one (an "
+                f"adapter gives them our names)"
+            )
         if len(set(self.levels)) < len(self.levels):
             raise ValueError(f"levels={list(self.levels)} names a level twice; name each once")
         if self.task is not None and self.split not in (None, "train", "eval"):
