@@ -23,6 +23,14 @@ from posttrain.distill_recipe import (
     RejectionSection,
     SelectionSection,
 )
+from posttrain.eval_recipe import (
+    BenchmarkOptions,
+    BenchmarkSection,
+    ContaminationSection,
+    EvalRecipe,
+    EvalSuiteSection,
+    ServedModelSection,
+)
 from posttrain.grpo_recipe import (
     AlgorithmSection,
     AuditSection,
@@ -77,8 +85,11 @@ __all__ = [
     "RECIPES",
     "AlgorithmSection",
     "AuditSection",
+    "BenchmarkOptions",
+    "BenchmarkSection",
     "BuildSection",
     "CheckpointSection",
+    "ContaminationSection",
     "CriticSection",
     "CurriculumSection",
     "DatasetSection",
@@ -89,6 +100,7 @@ __all__ = [
     "EnvironmentSection",
     "EvalRecipe",
     "EvalSection",
+    "EvalSuiteSection",
     "FaultsSection",
     "GenerationSection",
     "GrpoCheckpointSection",
@@ -116,6 +128,7 @@ __all__ = [
     "RouterSection",
     "SamplerSection",
     "Section",
+    "ServedModelSection",
     "SelectionSection",
     "SftRecipe",
     "SftRouterSection",
@@ -126,21 +139,6 @@ __all__ = [
     "ValidationSection",
     "require_checkpoint",
 ]
-
-
-class EvalRecipe(Recipe):
-    """Evaluation of one checkpoint."""
-
-    stage: Literal["eval"] = "eval"
-    model: ModelSection
-    eval: EvalSection
-    sampler: SamplerSection = SamplerSection()
-
-    @model_validator(mode="after")
-    def _eval_fits(self) -> EvalRecipe:
-        require_checkpoint(self.model, "evaluation")
-        self.eval.check_fits(self.sampler, during_training=False)
-        return self
 
 
 class StageSection(Section):
