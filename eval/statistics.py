@@ -75,6 +75,31 @@ def estimate(
     return Estimate(value, low, high, n)
 
 
+def stratified(parts: Sequence[tuple[float, Sequence[Sequence[float]]]], confidence: float = 0.95) -> Estimate:
+    """A weighted mean of the means of parts that are drawn apart; the parts' variances add up.
+
+    Args:
+        parts: (weight, scores_PN) of each; the weights sum to 1.
+        confidence: of the interval, the normal one, clipped to 0..1.
+
+    Raises:
+        ValueError: see `estimate`; or weights that do not sum to 1.
+    """
+    from scipy.stats import norm
+
+    if not math.isclose(sum(weight for weight, _ in parts), 1.0, abs_tol=1e-9):
+        raise ValueError(f"the weights of the parts must sum to 1, got {[weight for weight, _ in parts]}")
+    found = [(weight, estimate(scores_PN, confidence), scores_PN) for weight, scores_PN in parts]
+    value = sum(weight * part.value for weight, part, _ in found)
+    quantile = float(norm.ppf(0.5 + confidence / 2))
+    # A part's half interval over the quantile is its standard error, also for parts of one problem or without spread.
+    variance = sum((weight * (part.high - part.low) / 2 / quantile) ** 2 for weight, part, _ in found)
+    half = quantile * math.sqrt(variance)
+    return Estimate(
+        value, max(0.0, value - half), min(1.0, value + half), sum(len(scores_PN) for *_, scores_PN in found)
+    )
+
+
 def standard_error(scores_PN: Sequence[Sequence[float]], clusters: Sequence[Hashable] | None = None) -> float:
     """Cluster-robust standard error of the mean over problems; NaN for a single cluster.
 
@@ -145,9 +170,7 @@ def cons_at_k(answers: Sequence[str | None], scores: Sequence[float]) -> float:
         ValueError: lists of different or no length.
     """
     if not answers or len(answers) != len(scores):
-        raise ValueError(
-            f"cons@k needs as many answers as scores, at least one; got {len(answers)} and {len(scores)}"
-        )
+        raise ValueError(f"cons@k needs as many answers as scores, at least one; got {len(answers)} and {len(scores)}")
     right = object()
     votes = Counter[Any](
         right if score == 1 else " ".join(answer.split())

@@ -31,7 +31,7 @@ from posttrain.reward_setup import build_reward
 
 # Options beyond --dry-run that a stage takes; each becomes a keyword of its `run`.
 STAGE_OPTIONS = {
-    "resume": ("sft", "reward_model", "grpo", "distill"),
+    "resume": ("sft", "reward_model", "grpo", "distill", "eval"),
     "preflight": ("sft",),
     "lineage": ("pipeline",),
     "prune": ("pipeline",),

@@ -75,7 +75,8 @@ class EvalSuiteSection(EvalSection):
     benchmark_defaults: BenchmarkOptions = BenchmarkOptions()  # for benchmarks that do not say otherwise
     judge: ServedModelSection | None = None  # for benchmarks that a language model grades
     contamination: ContaminationSection | None = None
-    max_failed_fraction: Fraction = 0.0  # of a benchmark's completions, without an answer or a verdict; they count as wrong
+    sandbox: Literal["bubblewrap", "landlock"] = "bubblewrap"  # for benchmarks that run programs; see docs/sandbox.md
+    max_failed_fraction: Fraction = 0.0  # of the completions of a suite, without answer or verdict; they count as wrong
 
     @model_validator(mode="after")
     def _something_to_do(self) -> EvalSuiteSection:
@@ -114,7 +115,9 @@ class EvalRecipe(Recipe):
         if (self.model is None) == (self.endpoint is None):
             raise ValueError("give exactly one of model (a checkpoint) and endpoint (a served model)")
         if self.endpoint is not None and self.eval.environment is not None:
-            raise ValueError("eval.environment: episodes need the tokens of a checkpoint; give model instead of endpoint")
+            raise ValueError(
+                "eval.environment: episodes need the tokens of a checkpoint; give model instead of endpoint"
+            )
         by_likelihood = [section.name for section in self.eval.benchmarks if section.method == "lm_eval"]
         if self.endpoint is not None and by_likelihood:
             raise ValueError(

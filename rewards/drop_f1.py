@@ -1,9 +1,9 @@
 """DROP's F1 (Dua et al. 2019, arXiv 1903.00161, section 5): words in common with the best matching reference.
 
-The answer is the text of the single answer block, or what follows the reasoning. Parts separated by `|` are several spans; each
-is paired with a span of the reference so that the sum of their F1 is largest, and a span without a partner counts 0. Spans
-compare as sets of words, without case, punctuation and articles, numbers by value; where the reference's span holds a number,
-a span without any of its numbers scores 0. As in the authors' script the result is rounded to two places.
+The answer is the text of the single answer block, or what follows the reasoning. Parts separated by `|` are several spans;
+each is paired with a span of the reference so that the sum of their F1 is largest, and a span without a partner counts 0.
+Spans compare as sets of words, without case, punctuation and articles, numbers by value; where the reference's span holds a
+number, a span without any of its numbers scores 0. As in the authors' script the result is rounded to two places.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _ARTICLES = frozenset(("a", "an", "the"))
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def score(completion: str, answer: str | None, references: Sequence[Sequence[str]] = (), **metadata: Any) -> RewardResult:
+def score(
+    completion: str, answer: str | None, references: Sequence[Sequence[str]] = (), **metadata: Any
+) -> RewardResult:
     """0.0 to 1.0: the best F1 over the references.
 
     Args:

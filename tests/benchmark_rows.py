@@ -211,8 +211,26 @@ FIXTURES: dict[str, Fixture] = {
     ),
     "ceval": Fixture(
         [
-            {"id": 0, "question": "1+1等于____", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "B", "explanation": ""},
-            {"id": 1, "question": "水的化学式是____", "A": "H2O", "B": "CO2", "C": "O2", "D": "N2", "answer": "A", "explanation": ""},
+            {
+                "id": 0,
+                "question": "1+1等于____",
+                "A": "1",
+                "B": "2",
+                "C": "3",
+                "D": "4",
+                "answer": "B",
+                "explanation": "",
+            },
+            {
+                "id": 1,
+                "question": "水的化学式是____",
+                "A": "H2O",
+                "B": "CO2",
+                "C": "O2",
+                "D": "N2",
+                "answer": "A",
+                "explanation": "",
+            },
         ],
         [box("B"), box("A")],
         [box("D"), "答案是甲"],
@@ -337,7 +355,9 @@ FIXTURES: dict[str, Fixture] = {
         ],
         [
             program("left, right = map(int, input().split())\nprint(left + right)"),
-            program("class Solution:\n    def add(self, left: int, right: int) -> List[int]:\n        return left + right"),
+            program(
+                "class Solution:\n    def add(self, left: int, right: int) -> List[int]:\n        return left + right"
+            ),
         ],
         [program("print(3)"), program("class Solution:\n    def add(self, left, right):\n        return 3")],
     ),

@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from benchmark_rows import FIXTURES, Fixture, box
 
 from eval.benchmarks import NAMES, get_benchmark
 from eval.benchmarks.base import Benchmark, Problem
@@ -20,7 +21,6 @@ from eval.benchmarks.livecodebench import hidden_tests
 from eval.benchmarks.loading import check, load
 from rewards import RewardFunction
 from rewards.sandbox import SandboxUnavailableError, shared_pool
-from benchmark_rows import FIXTURES, Fixture, box
 
 
 class FakeJudge(BaseHTTPRequestHandler):
@@ -33,11 +33,11 @@ class FakeJudge(BaseHTTPRequestHandler):
         texts = re.findall(rf"<{word}>\n(.*?)\n<{word}>", asked, re.DOTALL)
         reference = re.search(r"Reference answer:\n(.*?)\n\n", asked, re.DOTALL)
         good = [(reference[1] if reference else "good") in text for text in texts]
-        if len(texts) == 2:
-            verdict = "TIE" if good[0] == good[1] else "FIRST" if good[0] else "SECOND"
-        else:
+        if len(texts) == 1:
             verdict = str(int(good[0]))
-        if len(texts) == 2 and not any(good):  # the baseline beats what is plainly bad
+        elif any(good):
+            verdict = "TIE" if all(good) else "FIRST" if good[0] else "SECOND"
+        else:  # the baseline beats what is plainly bad
             bad = ["bad" in text for text in texts]
             verdict = "TIE" if bad[0] == bad[1] else "SECOND" if bad[0] else "FIRST"
         message = {"role": "assistant", "content": f"I compared them.\nVerdict {word}: {verdict}"}
@@ -79,7 +79,10 @@ def has_sandbox(mode: str) -> bool:
 def write(folder: Path, fixture: Fixture, benchmark: Benchmark) -> Path:
     """A copy of the data: a file, or a folder where there are worked examples."""
     assert benchmark.hub is not None
-    parts = {benchmark.hub.split: fixture.rows, **({benchmark.hub.fewshot_split: fixture.shots} if fixture.shots else {})}
+    parts = {
+        benchmark.hub.split: fixture.rows,
+        **({benchmark.hub.fewshot_split: fixture.shots} if fixture.shots else {}),
+    }
     for split, rows in parts.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or ()))
     return folder if fixture.shots else folder / f"{benchmark.hub.split}.jsonl"

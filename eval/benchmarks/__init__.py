@@ -50,7 +50,8 @@ def get_benchmark(name: str) -> Benchmark:
     if name not in NAMES:
         close = difflib.get_close_matches(name, NAMES, n=1)
         raise ValueError(
-            f"{name!r} is no benchmark" + (f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(NAMES)}")
+            f"{name!r} is no benchmark"
+            + (f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(NAMES)}")
         )
     found: Benchmark = import_module(f"eval.benchmarks.{name}").BENCHMARK
     return found

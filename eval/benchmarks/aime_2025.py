@@ -14,9 +14,7 @@ def problem(row: Row) -> Problem:
 BENCHMARK = Benchmark(
     name="aime_2025",
     title="AIME 2025 (Pass@1)",
-    hub=Hub(
-        path="math-ai/aime25", revision="563bb8404243c5f09de6ec262f2db674fe5bce9b", split="test", checked=PINNED
-    ),
+    hub=Hub(path="math-ai/aime25", revision="563bb8404243c5f09de6ec262f2db674fe5bce9b", split="test", checked=PINNED),
     columns=("id", "problem", "answer"),
     problem=problem,
     reward="rewards.math_answer:score",

@@ -43,6 +43,7 @@ BENCHMARK = Benchmark(
     max_completion_length=4096,
     needs=("judge",),
     is_pairwise=True,
+    published="Arena-Hard",
     source="the share of points won against the baseline; every pair is judged in both orders",
     departs="points of 1, 1/2 and 0 by our own rubric, where the authors fit a model to five degrees of preference",
 )

@@ -53,6 +53,8 @@ class LmEval:
     task: str
     num_fewshot: int
     metric: str  # in lm-eval's results, e.g. "acc"
+    filter: str = "none"  # of the answers, likewise
+    published: str | None = None  # row in published.yaml
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +159,9 @@ def choice(question: str, choices: Sequence[str]) -> str:
     """A prompt that shows lettered choices and asks for the letter in a box."""
     lines = [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, choices, strict=False)]
     listed = "\n".join(lines)
-    return f"{question.strip()}\n\n{listed}\n\nReason step by step and put the letter of the right choice in \\boxed{{}}."
+    return (
+        f"{question.strip()}\n\n{listed}\n\nReason step by step and put the letter of the right choice in \\boxed{{}}."
+    )
 
 
 def shuffled(choices: Sequence[str], key: str) -> list[str]:

@@ -26,7 +26,7 @@ BENCHMARK = Benchmark(
     reward="rewards.multiple_choice:score",
     metric="exact match",
     final_answer=boxed_letter,
-    lm_eval=LmEval(task="ceval-valid", num_fewshot=5, metric="acc,none"),
+    lm_eval=LmEval(task="ceval-valid", num_fewshot=5, metric="acc", published="C-Eval (base)"),
     published="C-Eval",
     source="zero-shot with reasoning, 8,192 tokens (DeepSeek-V3's README)",
     departs="the split val, since the answers of test are not public",

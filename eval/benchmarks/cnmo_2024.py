@@ -12,9 +12,7 @@ def problem(row: Row) -> Problem:
 BENCHMARK = Benchmark(
     name="cnmo_2024",
     title="CNMO 2024 (Pass@1)",
-    hub=Hub(
-        path="opencompass/LiveMathBench", revision=None, split="test", configs=("v202412_CNMO_en",), checked=NAMED
-    ),
+    hub=Hub(path="opencompass/LiveMathBench", revision=None, split="test", configs=("v202412_CNMO_en",), checked=NAMED),
     columns=("question", "answer"),
     problem=problem,
     reward="rewards.math_answer:score",

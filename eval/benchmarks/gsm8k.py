@@ -33,7 +33,9 @@ BENCHMARK = Benchmark(
     metric="exact match",
     max_completion_length=1024,
     final_answer=lambda completion: extract_answer(completion, "last_expression"),
-    lm_eval=LmEval(task="gsm8k", num_fewshot=8, metric="exact_match,flexible-extract"),
+    lm_eval=LmEval(
+        task="gsm8k", num_fewshot=8, metric="exact_match", filter="flexible-extract", published="GSM8K (base)"
+    ),
     published="GSM8K (base)",
     source="greedy and zero-shot for chat models; DeepSeek-V3's table of base models is 8-shot: method: lm_eval",
 )

@@ -19,9 +19,7 @@ def problem(row: Row) -> Problem:
 BENCHMARK = Benchmark(
     name="ifeval",
     title="IF-Eval (Prompt Strict)",
-    hub=Hub(
-        path="google/IFEval", revision="966cd89545d6b6acfd7638bc708b98261ca58e84", split="train", checked=PINNED
-    ),
+    hub=Hub(path="google/IFEval", revision="966cd89545d6b6acfd7638bc708b98261ca58e84", split="train", checked=PINNED),
     columns=("key", "prompt", "instruction_id_list", "kwargs"),
     problem=problem,
     reward="rewards.instruction_following:score",

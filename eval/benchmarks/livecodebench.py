@@ -12,10 +12,9 @@ from typing import Any
 from eval.benchmarks.base import Benchmark, Hub, Problem, Row
 
 FIRST, LAST = "2024-08-01", "2025-01-31"  # contests of DeepSeek-R1's table
-IMPORTS = "\n".join(
-    ("from typing import *", "from collections import *", "from itertools import *", "from functools import *")
-    + tuple(f"import {name}" for name in ("bisect", "collections", "functools", "heapq", "itertools", "math", "re", "sys"))
-)
+_STARRED = ("typing", "collections", "itertools", "functools")
+_MODULES = ("bisect", "collections", "functools", "heapq", "itertools", "math", "re", "sys")
+IMPORTS = "\n".join([*(f"from {name} import *" for name in _STARRED), *(f"import {name}" for name in _MODULES)])
 
 
 def problem(row: Row) -> Problem | None:

@@ -15,7 +15,12 @@ from rewards.sandbox import Mode, SandboxUnavailableError, shared_pool
 
 
 def load(
-    benchmark: Benchmark, *, path: str | None = None, size: int | None = None, num_fewshot: int | None = None, seed: int = 0
+    benchmark: Benchmark,
+    *,
+    path: str | None = None,
+    size: int | None = None,
+    num_fewshot: int | None = None,
+    seed: int = 0,
 ) -> Loaded:
     """The problems of a benchmark, in its order.
 
@@ -133,7 +138,9 @@ def _demonstrations(benchmark: Benchmark, path: str | None, count: int) -> tuple
         )
     examples = list(islice(rows(benchmark, path, hub.fewshot_split), count))
     if len(examples) < count:
-        raise ValueError(f"{benchmark.name}: {hub.fewshot_split} has {len(examples)} rows, fewer than num_fewshot {count}")
+        raise ValueError(
+            f"{benchmark.name}: {hub.fewshot_split} has {len(examples)} rows, fewer than num_fewshot {count}"
+        )
     turns: list[Message] = []
     for asked, answered in map(benchmark.demonstration, (row for _, row in examples)):
         turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
@@ -153,11 +160,15 @@ def check(benchmark: Benchmark, path: str | None, *, has_judge: bool, sandbox: M
         ValueError: no judge, no sandbox, or no package that ships the data.
     """
     if "judge" in benchmark.needs and not has_judge:
-        raise ValueError(f"{benchmark.name} is graded by a language model: add eval.judge: {{model: ..., base_url: ...}}")
+        raise ValueError(
+            f"{benchmark.name} is graded by a language model: add eval.judge: {{model: ..., base_url: ...}}"
+        )
     if "sandbox" in benchmark.needs:
         try:
             shared_pool(sandbox)
         except SandboxUnavailableError as error:
-            raise ValueError(f"{benchmark.name} runs programs that the model wrote: {error}; or set eval.sandbox") from error
+            raise ValueError(
+                f"{benchmark.name} runs programs that the model wrote: {error}; or set eval.sandbox"
+            ) from error
     if benchmark.name == "humaneval" and path is None and benchmark.generate is not None:
         benchmark.generate(1, 0)

@@ -30,7 +30,9 @@ BENCHMARK = Benchmark(
     reward="rewards.multiple_choice:score",
     metric="exact match",
     final_answer=boxed_letter,
-    lm_eval=LmEval(task="mmlu_pro", num_fewshot=5, metric="exact_match,custom-extract"),
+    lm_eval=LmEval(
+        task="mmlu_pro", num_fewshot=5, metric="exact_match", filter="custom-extract", published="MMLU-Pro (base)"
+    ),
     published="MMLU-Pro",
     source="zero-shot with reasoning, 8,192 tokens (DeepSeek-V3's README); lm_eval: 5-shot, generated",
 )

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 
 from eval.benchmarks.base import Benchmark, Problem
 
-DATASETS = ("basic_arithmetic", "chain_sum", "count_bits", "gcd", "lcm", "letter_counting", "products", "simple_equations")
+DATASETS = (
+    "basic_arithmetic",
+    "chain_sum",
+    "count_bits",
+    "gcd",
+    "lcm",
+    "letter_counting",
+    "products",
+    "simple_equations",
+)
 LEVELS = (0, 1, 2)  # of every attribute of a curriculum, from the easiest on
 PER_LEVEL = 10
 

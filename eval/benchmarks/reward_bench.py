@@ -41,7 +41,6 @@ BENCHMARK = Benchmark(
         "Safety": (REFUSALS,),
         "Reasoning": (("math-prm",), CODE),  # mathematics counts as much as all of the code
     },
-    published="RewardBench",
     source="the paper: parts and their weights; each pair is shown once, in an order that depends on its id",
     departs="our own prompt; for a trained reward model see docs/reward_model.md",
 )

@@ -1,7 +1,7 @@
 """Names of the subjects into which benchmarks are divided on the hub."""
 
-MMLU = tuple(
-    """abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
+_MMLU = """
+    abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
     college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
     econometrics electrical_engineering elementary_mathematics formal_logic global_facts high_school_biology
     high_school_chemistry high_school_computer_science high_school_european_history high_school_geography
@@ -10,11 +10,11 @@ MMLU = tuple(
     human_aging human_sexuality international_law jurisprudence logical_fallacies machine_learning management marketing
     medical_genetics miscellaneous moral_disputes moral_scenarios nutrition philosophy prehistory professional_accounting
     professional_law professional_medicine professional_psychology public_relations security_studies sociology
-    us_foreign_policy virology world_religions""".split()
-)
+    us_foreign_policy virology world_religions
+"""
 
-CEVAL = tuple(
-    """accountant advanced_mathematics art_studies basic_medicine business_administration
+_CEVAL = """
+    accountant advanced_mathematics art_studies basic_medicine business_administration
     chinese_language_and_literature civil_servant clinical_medicine college_chemistry college_economics
     college_physics college_programming computer_architecture computer_network discrete_mathematics
     education_science electrical_engineer environmental_impact_assessment_engineer fire_engineer
@@ -24,5 +24,7 @@ CEVAL = tuple(
     middle_school_chemistry middle_school_geography middle_school_history middle_school_mathematics
     middle_school_physics middle_school_politics modern_chinese_history operating_system physician
     plant_protection probability_and_statistics professional_tour_guide sports_science tax_accountant
-    teacher_qualification urban_and_rural_planner veterinary_medicine""".split()
-)
+    teacher_qualification urban_and_rural_planner veterinary_medicine
+"""
+MMLU = tuple(_MMLU.split())
+CEVAL = tuple(_CEVAL.split())

@@ -1,0 +1,110 @@
+"""Completions to scores: the grader in processes of its own, and a count of everything that went wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from posttrain.errors import RunStopped
+from posttrain.recipe import RewardSection
+from posttrain.reward_setup import build_limits, build_reward
+from posttrain.types import Completion, Prompt, RewardResult
+from rewards import Item, to_item
+from rewards.warden import Warden
+
+NO_ANSWER = RewardResult(0.0, "infrastructure", "the model gave no answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """What the grader said."""
+
+    results_PN: tuple[tuple[RewardResult, ...], ...]
+    counts: dict[str, int]  # see `count`
+
+    @property
+    def scores_PN(self) -> list[list[float]]:
+        """The scores alone."""
+        return [[result.score for result in row] for row in self.results_PN]
+
+
+def has_failed(completion: Completion) -> bool:
+    """Whether there is no answer: the engine or the endpoint gave up."""
+    return completion.finish_reason == "abort"
+
+
+def grade(
+    reward: RewardSection,
+    prompts: Sequence[Prompt],
+    groups: Sequence[Sequence[Completion]],
+    *,
+    baselines: Sequence[str] | None = None,
+    max_failed_fraction: float = 0.0,
+) -> Graded:
+    """Judge the completions [P][N] of the prompts.
+
+    Args:
+        reward: the grader.
+        prompts: [P].
+        groups: [P][N].
+        baselines: [P] answers that each completion is compared with, for a grouped grader.
+        max_failed_fraction: of the completions, that may lack an answer or a verdict. Those count as wrong.
+
+    Raises:
+        RunStopped: more than that, so that the figures would say nothing.
+    """
+    grader = build_reward(reward)
+    places = [
+        (row, column)
+        for row, group in enumerate(groups)
+        for column, completion in enumerate(group)
+        if not has_failed(completion)
+    ]
+    items: list[list[Item]] = []
+    for row, column in places:
+        item = to_item(prompts[row], groups[row][column])
+        items.append([item, Item(baselines[row], item.answer, item.metadata)] if baselines is not None else [item])
+    found = {}
+    complaint = "the model gave no answer"
+    with Warden(grader, build_limits(reward, grader.form)) as warden:
+        report = warden.score(items)
+    results = iter(report.results)
+    for place, call in zip(places, items, strict=True):
+        found[place], *_ = [next(results) for _ in call]
+        complaint = report.complaint or complaint
+    results_PN = tuple(
+        tuple(found.get((row, column), NO_ANSWER) for column in range(len(group))) for row, group in enumerate(groups)
+    )
+    counts = count(groups, results_PN)
+    lost = counts["no_answer"] + counts["no_verdict"]
+    if lost > max_failed_fraction * counts["completions"]:
+        raise RunStopped(
+            f"the evaluation's figures would say little: of {counts['completions']} completions {counts['no_answer']} have "
+            f"no answer and {counts['no_verdict']} no verdict ({complaint}); more than eval.max_failed_fraction="
+            f"{max_failed_fraction:g}; mend the cause and go on with --resume, or raise it: those count as wrong"
+        )
+    return Graded(results_PN, counts)
+
+
+def count(groups: Sequence[Sequence[Completion]], results_PN: Sequence[Sequence[RewardResult]]) -> dict[str, int]:
+    """How many completions there are, and how many of them are not plainly right or wrong.
+
+    Returns:
+        completions; truncated (at the longest length, graded as they are); no_answer; no_verdict (the grader could not
+        judge); grader_timeout and grader_crash (the text brought the grader down, which counts as wrong).
+    """
+    pairs = [
+        (completion, result)
+        for group, results in zip(groups, results_PN, strict=True)
+        for completion, result in zip(group, results, strict=True)
+    ]
+    statuses = Counter(result.status for completion, result in pairs if not has_failed(completion))
+    return {
+        "completions": len(pairs),
+        "truncated": sum(completion.finish_reason == "length" for completion, _ in pairs),
+        "no_answer": sum(has_failed(completion) for completion, _ in pairs),
+        "no_verdict": statuses["infrastructure"],
+        "grader_timeout": statuses["timeout"],
+        "grader_crash": statuses["crash"],
+    }
