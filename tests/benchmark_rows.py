@@ -87,7 +87,15 @@ def call(given: str, wanted: str) -> dict[str, str]:
 
 
 SHOP = "Lin buys 3 bags with 12 pens each and gives 6 pens away. How many pens are left?"
-CHECK = "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate(3) == 9\n    assert abs(candidate(0.5) - 0.25) < 1e-6\n"
+CHECK = """
+
+METADATA = {}
+
+
+def check(candidate):
+    assert candidate(3) == 9
+    assert abs(candidate(0.5) - 0.25) < 1e-6
+"""
 STARTER = "class Solution:\n    def add(self, left: int, right: int) -> int:\n        "
 
 FIXTURES: dict[str, Fixture] = {

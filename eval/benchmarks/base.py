@@ -48,13 +48,24 @@ class Hub:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LmEval:
-    """The task of EleutherAI's lm-eval that measures log-likelihoods on the same data."""
+    """The task of EleutherAI's lm-eval on the same data.
+
+    Attributes:
+        task: or group of tasks.
+        subtask: of a group, the task that a row belongs to; needed where the data are a local copy.
+        num_fewshot: worked examples before each question.
+        fewshot_split: where lm-eval's task takes them from.
+        metric, filter: of lm-eval's results, e.g. "exact_match" after "flexible-extract".
+        published: row in published.yaml.
+    """
 
     task: str
+    subtask: Callable[[Row], str] | None = None
+    fewshot_split: str | None = None
     num_fewshot: int
-    metric: str  # in lm-eval's results, e.g. "acc"
-    filter: str = "none"  # of the answers, likewise
-    published: str | None = None  # row in published.yaml
+    metric: str
+    filter: str = "none"
+    published: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from eval.benchmarks.base import NAMED, Benchmark, Hub, Problem, Row
 
-RUBRIC = "Is the answer correct? 1 if its final answer means the same as the reference answer, whatever words it takes; else 0."
+RUBRIC = (
+    "Is the answer correct? 1 if its final answer means the same as the reference answer, in whatever words; else 0."
+)
 
 
 def problem(row: Row) -> Problem:

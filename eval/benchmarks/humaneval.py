@@ -63,5 +63,5 @@ BENCHMARK = Benchmark(
     needs=("sandbox",),
     published="HumanEval (base)",
     source="greedy pass@1 by the data set's own check function, run in the sandbox beside the program",
-    departs="Python only: HumanEval-Mul, the number in DeepSeek-V3's chat table, is the mean over eight languages",
+    departs="the published numbers are of base models; Python only, where HumanEval-Mul of chat tables is over eight languages",
 )

@@ -31,7 +31,14 @@ BENCHMARK = Benchmark(
     metric="exact match",
     max_completion_length=8192,
     final_answer=boxed_letter,
-    lm_eval=LmEval(task="mmlu", num_fewshot=5, metric="acc", published="MMLU (base)"),
+    lm_eval=LmEval(
+        task="mmlu",
+        subtask=lambda row: f"mmlu_{row['subject']}",
+        fewshot_split="dev",
+        num_fewshot=5,
+        metric="acc",
+        published="MMLU (base)",
+    ),
     published="MMLU",
     source="chat: zero-shot with reasoning, 8,192 tokens (DeepSeek-V3's README); base: 5-shot log-likelihood, lm_eval",
 )

@@ -31,7 +31,13 @@ BENCHMARK = Benchmark(
     metric="exact match",
     final_answer=boxed_letter,
     lm_eval=LmEval(
-        task="mmlu_pro", num_fewshot=5, metric="exact_match", filter="custom-extract", published="MMLU-Pro (base)"
+        task="mmlu_pro",
+        subtask=lambda row: f"mmlu_pro_{row['category'].replace(' ', '_')}",
+        fewshot_split="validation",
+        num_fewshot=5,
+        metric="exact_match",
+        filter="custom-extract",
+        published="MMLU-Pro (base)",
     ),
     published="MMLU-Pro",
     source="zero-shot with reasoning, 8,192 tokens (DeepSeek-V3's README); lm_eval: 5-shot, generated",
