@@ -65,18 +65,28 @@ def run_likelihood(section: BenchmarkSection, suite: EvalSuiteSection, model: Mo
 def measure(section: BenchmarkSection, suite: EvalSuiteSection, lm: Any) -> EvalResult:
     """The same with a model of lm-eval (`lm_eval.api.model.LM`)."""
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     benchmark = get_benchmark(section.name)
     spec, options = benchmark.lm_eval, suite.options(section)
     assert spec is not None  # `check_likelihood` has seen to it
     shots = int(options.get("num_fewshot", spec.num_fewshot))
+    manager = TaskManager()
     with tempfile.TemporaryDirectory() as folder:
         tasks: list[Any] = [spec.task]
         if section.path is not None:
-            tasks = _local_tasks(benchmark, spec, section.path, shots, Path(folder))
+            members = _local_tasks(benchmark, spec, section.path, shots, Path(folder))
+            unknown = [task["task"] for task in members if task["task"] not in manager.all_tasks]
+            if unknown:
+                raise ValueError(
+                    f"{section.path}: lm-eval has no task {unknown[0]!r}; is a subject of the copy misspelt?"
+                )
+            # As members of a group, tasks are the registered ones with other data; alone they would be new ones.
+            tasks = [{"group": "local_copy", "task": members}]
         evaluated = simple_evaluate(
             model=lm,
             tasks=tasks,
+            task_manager=manager,
             num_fewshot=shots,
             limit=options.get("size"),
             log_samples=True,
@@ -91,7 +101,7 @@ def measure(section: BenchmarkSection, suite: EvalSuiteSection, lm: Any) -> Eval
     return _result(benchmark, spec, evaluated["samples"], shots)
 
 
-def _local_tasks(benchmark: Benchmark, spec: LmEval, path: str, shots: int, folder: Path) -> list[Any]:
+def _local_tasks(benchmark: Benchmark, spec: LmEval, path: str, shots: int, folder: Path) -> list[dict[str, Any]]:
     """lm-eval's tasks over a local copy: as they are registered, but for where the rows come from."""
     assert benchmark.hub is not None  # every benchmark with a task of lm-eval has rows
     if spec.subtask is None and len(benchmark.hub.configs) > 1:

@@ -51,7 +51,8 @@ def run_scripted(task: dict[str, Any], outputs: Sequence[str]) -> list[dict[str,
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             raise NotImplementedError
 
-    found = simple_evaluate(model=Scripted(), tasks=[task], num_fewshot=0, log_samples=True, bootstrap_iters=0)
+    group = {"group": "local_copy", "task": [task]}  # in a group, a task is the registered one with other data
+    found = simple_evaluate(model=Scripted(), tasks=[group], num_fewshot=0, log_samples=True, bootstrap_iters=0)
     samples = found["samples"][task["task"]]
     return sorted(samples, key=lambda sample: sample["doc_id"])
 
@@ -72,6 +73,7 @@ GSM8K = [
 ]
 
 
+@pytest.mark.slow
 def test_gsm8k_agrees_with_flexible_extraction(tmp_path: Path) -> None:
     row = {
         "question": "30 people pay 40 dollars each. How much is it?",
@@ -90,6 +92,7 @@ def test_gsm8k_agrees_with_flexible_extraction(tmp_path: Path) -> None:
     assert all(ours[place] >= score for place, score in enumerate(strict)) and sum(strict) == 2
 
 
+@pytest.mark.slow
 def test_drop_agrees_on_rows_and_on_random_answers(tmp_path: Path) -> None:
     from lm_eval.tasks.drop.utils import get_metrics
 
@@ -140,7 +143,8 @@ def test_drop_agrees_on_rows_and_on_random_answers(tmp_path: Path) -> None:
 RESPONSES = [
     "Rain falls on the sea, the sea is wide.",
     "rain falls on the sea and the sea is wide",
-    "RAIN FALLS ON THE SEA",
+    # Long, since langdetect takes a short text in capitals for German.
+    "THE WEATHER IS WHAT EVERYBODY IN THE TOWN TALKS ABOUT BECAUSE IT HAS BEEN RAINING FOR THREE DAYS",
     '"A quotation of some sea, the Sea and sea"',
     "<<My Sea>>\n\nFirst paragraph here.\n\nP.S. The sea!",
     "* one sea\n* two\n* three",
@@ -208,6 +212,7 @@ def test_ifeval_agrees_by_instruction(
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_mmlu_by_likelihood_is_what_transformers_says(policy_path: Path, tmp_path: Path) -> None:
     """Through lm-eval with our checkpoint, against the logprobs of the four letters by plain transformers."""
     import torch
