@@ -41,11 +41,12 @@ OWN = "eval"  # the suite of the recipe's datasets
 def run(recipe: EvalRecipe, *, resume: bool = False) -> int:
     """Evaluate and write summary, samples, comparison and report."""
     start = time.perf_counter()
-    run_dir = RunDir(recipe.run_dir)
-    generations = Generations(run_dir.path, model_id(recipe), resume=resume)
     tokenizer = _tokenizer(recipe)
     prompts, tasks = _prepare(recipe, tokenizer)
     training = training_records(recipe.eval.contamination, recipe.seed) if recipe.eval.contamination else None
+    run_dir = RunDir(recipe.run_dir)
+    generations = Generations(run_dir.path, model_id(recipe), resume=resume)
+    _write_summary(run_dir, {}, 0.0, finished=False)  # from here on answers are kept until the run has ended
     run_dir.write_recipe(dump_recipe(recipe))
     run_dir.write_environment(recipe.seed)
     results: dict[str, EvalResult] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from eval.suite import EvalResult, completion_rows
 from posttrain.recipe import BenchmarkSection, EvalSuiteSection, RecipeError, RewardSection
 from posttrain.types import Message, Prompt, SamplingParams
 
+MOST_JUDGES = 8  # processes that compare pairs
 GRADER_TIMEOUT = 180.0  # seconds of one call: all tests of a program, or a judge's votes with retries
 
 
@@ -97,12 +99,18 @@ def _reward(benchmark: Benchmark, suite: EvalSuiteSection) -> RewardSection:
     if "sandbox" in benchmark.needs:
         kwargs["sandbox"] = suite.sandbox
     concurrency = suite.judge.max_concurrency if suite.judge is not None else 32
+    workers = 1
+    if "sandbox" in benchmark.needs:
+        workers = os.cpu_count() or 1
+    elif benchmark.is_pairwise:
+        workers = min(concurrency, MOST_JUDGES)  # a grouped grader asks about one pair at a time
     return RewardSection(
         func=benchmark.reward,
         name="accuracy",
         kwargs=kwargs,
         timeout_seconds=GRADER_TIMEOUT,
         max_concurrency=concurrency,
+        num_workers=workers,
     )
 
 
@@ -174,18 +182,19 @@ def run_task(task: BenchmarkTask, generate: Callable[..., Any], max_failed_fract
     if benchmark.final_answer is not None:
         answers = [[benchmark.final_answer(completion.text) for completion in group] for group in groups]
     completions = [completion for group in groups for completion in group]
+    clusters = _clusters(task.problems)
     rows = completion_rows(
         task.prompts, groups, graded.results_PN, "sampled" if task.params.temperature else "greedy", kinds
     )
     return EvalResult(
-        pass_at_1=headline(benchmark.macro, of_kind, scores_PN, _clusters(task.problems)),
+        pass_at_1=headline(benchmark.macro, of_kind, scores_PN, clusters),
         greedy=None,
         by_level={kind: estimate(scores) for kind, scores in of_kind.items()},
         completion_length_mean=statistics.fmean(len(completion.sampled_ids) for completion in completions),
         truncated_fraction=graded.counts["truncated"] / graded.counts["completions"],
         rows=rows,
         counts={**graded.counts, "rows_left_out": task.left_out, "prompts_shortened": task.shortened},
-        metrics=further_metrics(scores_PN, answers),
+        metrics=further_metrics(scores_PN, answers, clusters),
         title=benchmark.title,
         details=describe(task),
     )
@@ -209,22 +218,25 @@ def headline(
 
 
 def further_metrics(
-    scores_PN: Sequence[Sequence[float]], answers: Sequence[Sequence[str | None]] | None
+    scores_PN: Sequence[Sequence[float]],
+    answers: Sequence[Sequence[str | None]] | None,
+    clusters: Sequence[str] | None,
 ) -> dict[str, Estimate]:
     """pass@k and cons@k of problems with several samples, and the bootstrap's interval.
 
     pass@k is given for right-or-wrong scores, k doubling up to the number of samples; cons@k for all samples.
     """
     samples = min(map(len, scores_PN))
-    found = {"bootstrap": bootstrap(scores_PN)}
+    found = {"bootstrap": bootstrap(scores_PN, clusters=clusters)}
     if samples == 1:
         return found
     if all(score in (0, 1) for scores in scores_PN for score in scores):
         for k in sorted({*(2**power for power in range(1, samples.bit_length()) if 2**power <= samples), samples}):
-            found[f"pass@{k}"] = estimate([[pass_at_k(len(s), round(sum(s)), k)] for s in scores_PN])
+            passed = [[pass_at_k(len(scores), round(sum(scores)), k)] for scores in scores_PN]
+            found[f"pass@{k}"] = estimate(passed, clusters=clusters)
         if answers is not None:
             votes = [[cons_at_k(given, scores)] for given, scores in zip(answers, scores_PN, strict=True)]
-            found[f"cons@{samples}"] = estimate(votes)
+            found[f"cons@{samples}"] = estimate(votes, clusters=clusters)
     return found
 
 

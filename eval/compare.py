@@ -99,8 +99,9 @@ def _suites(problems: Mapping[Key, Any]) -> str:
 
 def show(rows: Sequence[PairedRow], first: str, second: str) -> None:
     """The table on the console."""
-    from rich.console import Console
     from rich.table import Table
+
+    from eval.tables import console
 
     table = Table(title=f"{first} -> {second}, paired by problem", title_justify="left")
     for column in ("", "first", "second", "difference [95%]", "p", "n", "better / worse"):
@@ -118,9 +119,12 @@ def show(rows: Sequence[PairedRow], first: str, second: str) -> None:
             str(found.n),
             f"{found.better} / {found.worse}",
         )
+    console().print(table)
+    for row in rows:
         if row.only_first or row.only_second:
-            table.add_row(f"  left out: {row.only_first} and {row.only_second} problems of one run only", *[""] * 6)
-    Console().print(table)
+            print(
+                f"{row.suite} ({row.mode}): left out: {row.only_first} and {row.only_second} problems of one run only"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

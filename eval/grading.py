@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 
 from posttrain.errors import RunStopped
 from posttrain.recipe import RewardSection
@@ -45,7 +47,7 @@ def grade(
     """Judge the completions [P][N] of the prompts.
 
     Args:
-        reward: the grader.
+        reward: the grader; `num_workers` of it work side by side.
         prompts: [P].
         groups: [P][N].
         baselines: [P] answers that each completion is compared with, for a grouped grader.
@@ -54,7 +56,6 @@ def grade(
     Raises:
         RunStopped: more than that, so that the figures would say nothing.
     """
-    grader = build_reward(reward)
     places = [
         (row, column)
         for row, group in enumerate(groups)
@@ -65,14 +66,8 @@ def grade(
     for row, column in places:
         item = to_item(prompts[row], groups[row][column])
         items.append([item, Item(baselines[row], item.answer, item.metadata)] if baselines is not None else [item])
-    found = {}
-    complaint = "the model gave no answer"
-    with Warden(grader, build_limits(reward, grader.form)) as warden:
-        report = warden.score(items)
-    results = iter(report.results)
-    for place, call in zip(places, items, strict=True):
-        found[place], *_ = [next(results) for _ in call]
-        complaint = report.complaint or complaint
+    results, complaint = _judge(reward, items)
+    found = dict(zip(places, results, strict=True))
     results_PN = tuple(
         tuple(found.get((row, column), NO_ANSWER) for column in range(len(group))) for row, group in enumerate(groups)
     )
@@ -85,6 +80,28 @@ def grade(
             f"{max_failed_fraction:g}; mend the cause and go on with --resume, or raise it: those count as wrong"
         )
     return Graded(results_PN, counts)
+
+
+def _judge(reward: RewardSection, items: Sequence[Sequence[Item]]) -> tuple[list[RewardResult], str]:
+    """The first result of each call, and why one has no verdict; `reward.num_workers` graders share the calls.
+
+    A grader of its own for each thread: one that runs programs, or asks a judge about one pair at a time, mostly waits.
+    """
+    grader = build_reward(reward)
+    workers = max(1, min(reward.num_workers, len(items)))
+
+    def judge(start: int) -> tuple[list[RewardResult], str]:
+        part = items[start::workers]
+        with Warden(grader, build_limits(reward, grader.form)) as warden:
+            report = warden.score(part)
+        starts = accumulate((len(call) for call in part[:-1]), initial=0)
+        return [report.results[start] for start in starts] if part else [], report.complaint
+
+    with ThreadPoolExecutor(workers) as pool:
+        parts = list(pool.map(judge, range(workers)))
+    found = [parts[place % workers][0][place // workers] for place in range(len(items))]
+    whys = [*(complaint for _, complaint in parts), *(r.detail for r in found if r.status == "infrastructure")]
+    return found, next(filter(None, whys), "the model gave no answer")
 
 
 def count(groups: Sequence[Sequence[Completion]], results_PN: Sequence[Sequence[RewardResult]]) -> dict[str, int]:

@@ -17,6 +17,7 @@ FLAWS = {
     "rows_left_out": "rows left out",
     "prompts_shortened": "prompts shortened",
 }
+WIDTH = 127  # columns where there is no terminal
 MOST_KINDS = 12  # of a suite that are shown; all of them are in summary.json
 
 
@@ -47,7 +48,13 @@ def show(results: Mapping[str, Mapping[str, Any]]) -> None:
             table.add_row(f"  {kind}", *interval(kinds[kind]), "", "")
         if len(kinds) > MOST_KINDS:
             table.add_row(f"  and {len(kinds) - MOST_KINDS} more in summary.json", "", "", "", "")
-    Console().print(table)
+    console().print(table)
+
+
+def console() -> Console:
+    """As wide as the terminal; in a file or a pipe wide enough for these tables."""
+    found = Console()
+    return found if found.is_terminal else Console(width=WIDTH)
 
 
 def interval(found: Mapping[str, float] | None) -> tuple[str, str]:
