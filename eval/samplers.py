@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from posttrain.recipe import EndpointSection, ModelSection, SamplerSection
+from posttrain.recipe import ModelSection, SamplerSection, ServedModelSection
 from posttrain.types import Completion, FinishReason, Prompt, SamplingParams
 from rewards.endpoint import Endpoint, Reply
 from rewards.errors import Unavailable
@@ -53,7 +53,7 @@ def from_pool(generate: Callable[[Sequence[Prompt], SamplingParams], list[list[C
     return stream
 
 
-def endpoint_of(section: EndpointSection) -> Endpoint:
+def endpoint_of(section: ServedModelSection) -> Endpoint:
     """The client of a recipe's endpoint."""
     return Endpoint(**section.model_dump())
 
