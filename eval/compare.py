@@ -1,6 +1,7 @@
 """Two evaluations of the same problems, side by side and paired.
 
-python -m eval.compare runs/a runs/b [--json]
+python -m eval compare runs/a runs/b [--json]
+python -m eval compare runs/a:before runs/a:after         one evaluation of each run, whatever it is called
 
 Each run's samples/eval-*.parquet are read; problems pair by suite, mode and id. A p-value below 0.05 says that chance alone
 would rarely make such a difference; of twenty comparisons one does so by chance.
@@ -34,13 +35,16 @@ class PairedRow:
     only_second: int
 
 
-def compare_runs(first: Path, second: Path) -> list[PairedRow]:
+def compare_runs(first: str | Path, second: str | Path) -> list[PairedRow]:
     """Every suite that both runs have, as a whole and by kind.
+
+    Args:
+        first, second: run directories; "directory:suite" takes one suite, and what it is called does not matter then.
 
     Raises:
         ValueError: a run without evaluation samples, no suite in common, or a problem whose text or reference differs.
     """
-    one, two = _problems(first), _problems(second)
+    one, two = _problems(str(first)), _problems(str(second))
     rows = []
     for key in one:
         if key not in two:
@@ -67,17 +71,20 @@ def compare_runs(first: Path, second: Path) -> list[PairedRow]:
     return rows
 
 
-def _problems(run: Path) -> dict[Key, dict[str, dict[str, Any]]]:
+def _problems(run: str) -> dict[Key, dict[str, dict[str, Any]]]:
     """(suite, mode) -> prompt id -> its text, reference, kind and scores."""
     import pyarrow.parquet as pq
 
-    files = sorted((run / "samples").glob("eval-*.parquet"))
+    directory, _, chosen = (run, "", "") if Path(run).exists() else run.rpartition(":")
+    files = sorted((Path(directory) / "samples").glob(f"eval-{chosen or '*'}.parquet"))
     if not files:
-        raise ValueError(f"{run} holds no evaluation: no samples/eval-*.parquet; make it with python -m eval")
+        known = [file.stem.removeprefix("eval-") for file in (Path(directory) / "samples").glob("eval-*.parquet")]
+        cure = f"it has {', '.join(sorted(known))}" if known else "make one with python -m eval"
+        raise ValueError(f"{run} holds no evaluation: no samples/eval-{chosen or '*'}.parquet; {cure}")
     found: dict[Key, dict[str, dict[str, Any]]] = defaultdict(dict)
     for file in files:
         for row in pq.read_table(file).to_pylist():
-            problems = found[file.stem.removeprefix("eval-"), row["mode"]]
+            problems = found["chosen" if chosen else file.stem.removeprefix("eval-"), row["mode"]]
             problem = problems.setdefault(
                 row["prompt_id"], {"text": (row["prompt"], row["answer"]), "kind": row["kind"], "scores": []}
             )
@@ -128,9 +135,9 @@ def show(rows: Sequence[PairedRow], first: str, second: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.compare", description=str(__doc__).split("\n", 1)[0])
-    parser.add_argument("first", type=Path, help="run directory of the first evaluation")
-    parser.add_argument("second", type=Path, help="run directory of the second")
+    parser = argparse.ArgumentParser(prog="python -m eval compare", description=str(__doc__).split("\n", 1)[0])
+    parser.add_argument("first", help="run directory of the first evaluation, or directory:suite")
+    parser.add_argument("second", help="the same of the second")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
     options = parser.parse_args(argv)
     try:
@@ -142,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in rows:
             print(json.dumps({"suite": row.suite, "mode": row.mode, "kind": row.kind, **row.comparison.to_dict()}))
     else:
-        show(rows, str(options.first), str(options.second))
+        show(rows, options.first, options.second)
     return 0
 
 

@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,8 @@ def check_likelihood(section: BenchmarkSection, suite: EvalSuiteSection) -> None
     ignored = sorted({"num_samples", "temperature", "max_completion_length"} & suite.options(section).keys())
     if ignored:
         raise ValueError(f"{section.name}: {ignored[0]} has no meaning with method: lm_eval; remove it")
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"{section.name}: method: lm_eval needs the package lm-eval: {CURE} ({error})") from None
+    if find_spec("lm_eval") is None:
+        raise ValueError(f"{section.name}: method: lm_eval needs the package lm-eval: {CURE}")
 
 
 def run_likelihood(section: BenchmarkSection, suite: EvalSuiteSection, model: ModelSection) -> EvalResult:

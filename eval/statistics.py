@@ -63,7 +63,7 @@ def estimate(
         return Estimate(value, float(interval.low), float(interval.high), n)
     is_share = all(0 <= score <= 1 for score in flat)
     if len(groups) == 1:
-        return Estimate(value, 0.0, 1.0, n) if is_share else Estimate(value, -math.inf, math.inf, n)
+        return Estimate(value, min(0.0, value), max(1.0, value), n)  # one cluster says nothing of the others
     error = _error(means, value, groups)
     quantile = float(t.ppf(0.5 + confidence / 2, len(groups) - 1))
     if not is_share:

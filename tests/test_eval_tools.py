@@ -54,6 +54,10 @@ def test_runs_are_paired_by_problem(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["a"].comparison.difference == pytest.approx(0.75)
     assert main([str(one.path), str(two.path)]) == 0
     assert "50.0%" in (text := capsys.readouterr().out) and "left out: 1 and 0 problems" in text
+    within = compare_runs(f"{one.path}:maths", f"{two.path}:maths")[0]
+    assert within.comparison == whole and within.suite == "chosen"
+    with pytest.raises(ValueError, match="no samples/eval-after.parquet; it has maths, other"):
+        compare_runs(one.path, f"{two.path}:after")
     other = RunDir(tmp_path / "other")
     other.write_rows("eval-maths", rows({"a/1": [1]}, text="Something else?"))
     assert main([str(one.path), str(other.path)]) == 2
