@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,12 @@ def run_likelihood(section: BenchmarkSection, suite: EvalSuiteSection, model: Mo
 def measure(section: BenchmarkSection, suite: EvalSuiteSection, lm: Any) -> EvalResult:
     """The same with a model of lm-eval (`lm_eval.api.model.LM`)."""
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     benchmark = get_benchmark(section.name)
     spec, options = benchmark.lm_eval, suite.options(section)
     assert spec is not None  # `check_likelihood` has seen to it
     shots = int(options.get("num_fewshot", spec.num_fewshot))
-    manager = TaskManager()
+    manager = task_manager()
     with tempfile.TemporaryDirectory() as folder:
         tasks: list[Any] = [spec.task]
         if section.path is not None:
@@ -98,6 +98,14 @@ def measure(section: BenchmarkSection, suite: EvalSuiteSection, lm: Any) -> Eval
     if not evaluated or not evaluated.get("samples"):
         raise ValueError(f"{section.name}: lm-eval reports no samples of {spec.task}")
     return _result(benchmark, spec, evaluated["samples"], shots)
+
+
+@cache
+def task_manager() -> Any:
+    """lm-eval's index of its tasks, some ten thousand files that take seconds to look through."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _local_tasks(benchmark: Benchmark, spec: LmEval, path: str, shots: int, folder: Path) -> list[dict[str, Any]]:

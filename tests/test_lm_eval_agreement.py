@@ -14,12 +14,14 @@ from benchmark_rows import drop
 
 from eval.benchmarks import get_benchmark
 from eval.benchmarks.loading import load
+from eval.likelihood import task_manager
 from posttrain.recipe import BenchmarkSection, EvalSuiteSection
 from rewards import RewardFunction
 from rewards.drop_f1 import f1
 
 pytest.importorskip("lm_eval")
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+PLAIN: dict[str, Any] = {"num_fewshot": 0, "log_samples": True, "bootstrap_iters": 0}
 
 
 def registered(name: str, folder: Path, rows: Sequence[dict[str, Any]], **changes: Any) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def run_scripted(task: dict[str, Any], outputs: Sequence[str]) -> list[dict[str,
             raise NotImplementedError
 
     group = {"group": "local_copy", "task": [task]}  # in a group, a task is the registered one with other data
-    found = simple_evaluate(model=Scripted(), tasks=[group], num_fewshot=0, log_samples=True, bootstrap_iters=0)
+    found = simple_evaluate(model=Scripted(), tasks=[group], task_manager=task_manager(), **PLAIN)
     samples = found["samples"][task["task"]]
     return sorted(samples, key=lambda sample: sample["doc_id"])
 
