@@ -24,7 +24,7 @@ from eval.generations import Generations
 from eval.likelihood import check_likelihood, run_likelihood
 from eval.published import comparison
 from eval.report import write_report
-from eval.samplers import Stream, checkpoint_workers, endpoint_of, from_endpoint, from_pool
+from eval.samplers import Stream, checkpoint_workers, from_endpoint, from_pool
 from eval.suite import EvalResult, eval_prompts, evaluate
 from eval.tables import show
 from posttrain.cli import run_stage
@@ -123,7 +123,7 @@ def _prepare(recipe: EvalRecipe, tokenizer: Any) -> tuple[tuple[Prompt, ...], li
 def _answers(recipe: EvalRecipe) -> Iterator[tuple[Stream, Any]]:
     """Where answers come from, and the workers if they are ours."""
     if recipe.endpoint is not None:
-        yield from_endpoint(endpoint_of(recipe.endpoint), recipe.eval.seed), None
+        yield from_endpoint(recipe.endpoint, recipe.eval.seed), None
         return
     assert recipe.model is not None  # the recipe requires one of the two
     with checkpoint_workers(recipe.model, recipe.sampler, recipe.eval.seed) as pool:

@@ -53,29 +53,31 @@ def from_pool(generate: Callable[[Sequence[Prompt], SamplingParams], list[list[C
     return stream
 
 
-def endpoint_of(section: ServedModelSection) -> Endpoint:
-    """The client of a recipe's endpoint."""
-    return Endpoint(**section.model_dump())
-
-
-def from_endpoint(endpoint: Endpoint, seed: int) -> Stream:
+def from_endpoint(section: ServedModelSection, seed: int) -> Stream:
     """Answers of a served model. One that gives no answer after all attempts is a completion with finish reason "abort"."""
+    client = Endpoint(
+        section.model,
+        section.base_url,
+        section.api_key_env,
+        section.timeout_seconds,
+        section.max_retries,
+        section.max_concurrency,
+    )
 
     def stream(
         prompts: Sequence[Prompt], params: SamplingParams, wanted: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[int, int, Completion]]:
         chats = [prompts[row].messages for row, _ in wanted]
-        sampling = [
-            {
-                "temperature": params.temperature,
-                "top_p": params.top_p,
-                "max_tokens": params.max_completion_length,
-                "seed": seed + column,
-            }
-            for _, column in wanted
-        ]
+        common: dict[str, Any] = {
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "max_tokens": params.max_completion_length,
+        }
+        if section.extra_body:
+            common["extra_body"] = dict(section.extra_body)
+        sampling = [{**common, **({"seed": seed + column} if section.send_seed else {})} for _, column in wanted]
         with asyncio.Runner() as runner:
-            replies = endpoint.stream(chats, sampling)
+            replies = client.stream(chats, sampling)
             for _ in wanted:
                 place, reply = runner.run(_next(replies))
                 yield *wanted[place], to_completion(reply)

@@ -24,8 +24,8 @@ from posttrain.sections import (
 )
 
 
-class ServedModelSection(Section):
-    """A model behind an OpenAI-compatible address; see `rewards.endpoint`."""
+class JudgeSection(Section):
+    """A model behind an OpenAI-compatible address that grades; see `rewards.endpoint`."""
 
     model: str  # the name it is served under
     base_url: str | None = None  # such as http://127.0.0.1:8000/v1; None is the client's default
@@ -33,6 +33,13 @@ class ServedModelSection(Section):
     timeout_seconds: Positive = 600.0  # of one attempt
     max_retries: NonNegativeInt = 3
     max_concurrency: PositiveInt = 32
+
+
+class ServedModelSection(JudgeSection):
+    """A model behind such an address that is evaluated."""
+
+    send_seed: bool = True  # false for endpoints that refuse the parameter
+    extra_body: Mapping[str, Any] = Field(default_factory=dict)  # more for the request
 
 
 class BenchmarkOptions(Section):
@@ -73,7 +80,7 @@ class EvalSuiteSection(EvalSection):
     datasets: tuple[DatasetSection, ...] = ()
     benchmarks: Annotated[tuple[BenchmarkSection, ...], BeforeValidator(_by_name)] = ()
     benchmark_defaults: BenchmarkOptions = BenchmarkOptions()  # for benchmarks that do not say otherwise
-    judge: ServedModelSection | None = None  # for benchmarks that a language model grades
+    judge: JudgeSection | None = None  # for benchmarks that a language model grades
     contamination: ContaminationSection | None = None
     sandbox: Literal["bubblewrap", "landlock"] = "bubblewrap"  # for benchmarks that run programs; see docs/sandbox.md
     max_failed_fraction: Fraction = 0.0  # of the completions of a suite, without answer or verdict; they count as wrong

@@ -29,6 +29,7 @@ from posttrain.eval_recipe import (
     ContaminationSection,
     EvalRecipe,
     EvalSuiteSection,
+    JudgeSection,
     ServedModelSection,
 )
 from posttrain.grpo_recipe import (
@@ -107,6 +108,7 @@ __all__ = [
     "GrpoRecipe",
     "GrpoRouterSection",
     "HeldOutSection",
+    "JudgeSection",
     "LearnerSection",
     "LoraSection",
     "ModelSection",

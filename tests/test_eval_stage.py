@@ -90,6 +90,7 @@ class Model(BaseHTTPRequestHandler):
 
     seen: ClassVar[Counter[str]] = Counter()
     refuses: ClassVar[set[str]] = set()  # texts it never answers
+    asked: ClassVar[list[dict[str, Any]]] = []
     lock: ClassVar[Lock] = Lock()
 
     def do_POST(self) -> None:
@@ -97,6 +98,7 @@ class Model(BaseHTTPRequestHandler):
         text = request["messages"][-1]["content"]
         with self.lock:
             Model.seen[text] += 1
+            Model.asked.append({key: request.get(key) for key in ("seed", "temperature", "top_k")})
         if any(part in text for part in self.refuses):
             self._send(400, {"error": {"message": "not this one"}})
             return
@@ -131,6 +133,7 @@ def served() -> Iterator[str]:
     Thread(target=server.serve_forever, daemon=True).start()
     Model.seen.clear()
     Model.refuses.clear()
+    Model.asked.clear()
     yield f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
 
@@ -180,7 +183,9 @@ def test_answers_that_failed_count_as_wrong_where_that_is_allowed(served: str, t
     recipe, out = tmp_path / "eval.yaml", tmp_path / "run"
     recipe.write_text(ENDPOINT % (served, tmp_path / "gsm8k.jsonl", out))
     Model.refuses.add("10 and 20")
-    assert main([str(recipe), "eval.max_failed_fraction=0.25"]) == 0
+    changes = ["endpoint.send_seed=false", "endpoint.extra_body={top_k: 5}"]
+    assert main([str(recipe), "eval.max_failed_fraction=0.25", *changes]) == 0
+    assert Model.asked == [{"seed": None, "temperature": 0.0, "top_k": 5}] * 4
     found = json.loads((out / "summary.json").read_text())["eval"]["gsm8k"]
     assert found["pass_at_1"]["value"] == 0.5 and found["counts"]["no_answer"] == 1
     rows = read_rows(out, "gsm8k")
