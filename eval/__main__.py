@@ -68,7 +68,8 @@ def run(recipe: EvalRecipe, *, resume: bool = False) -> int:
             for task in tasks:
                 name = task.benchmark.name
                 answer = generations.keep(name, stream)
-                keep(name, run_task(task, answer, recipe.eval.max_failed_fraction), _questions(task))
+                verdicts = generations.verdicts(name)
+                keep(name, run_task(task, answer, recipe.eval.max_failed_fraction, verdicts), _questions(task))
     for section in recipe.eval.benchmarks:
         if section.method == "lm_eval":
             assert recipe.model is not None  # the recipe requires it

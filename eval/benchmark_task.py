@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from eval.grading import grade
 from eval.statistics import Estimate, bootstrap, cons_at_k, estimate, pass_at_k, stratified
 from eval.suite import EvalResult, completion_rows
 from posttrain.recipe import BenchmarkSection, EvalSuiteSection, RecipeError, RewardSection
-from posttrain.types import Message, Prompt, SamplingParams
+from posttrain.types import Message, Prompt, RewardResult, SamplingParams
 
 MOST_JUDGES = 8  # processes that compare pairs
 GRADER_TIMEOUT = 180.0  # seconds of one call: all tests of a program, or a judge's votes with retries
@@ -163,8 +163,19 @@ def _without_middle(
 # --- asking and counting ----------------------------------------------------------------------------------------------
 
 
-def run_task(task: BenchmarkTask, generate: Callable[..., Any], max_failed_fraction: float) -> EvalResult:
+def run_task(
+    task: BenchmarkTask,
+    generate: Callable[..., Any],
+    max_failed_fraction: float,
+    verdicts: MutableMapping[str, RewardResult] | None = None,
+) -> EvalResult:
     """Ask, grade and count.
+
+    Args:
+        task: what.
+        generate: gives the answers, as `SamplerPool.generate` does.
+        max_failed_fraction: of the completions, that may lack an answer or a verdict.
+        verdicts: of a judge, that are known; see `eval.grading.grade`.
 
     Raises:
         RunStopped: too many completions without an answer or a verdict.
@@ -172,7 +183,14 @@ def run_task(task: BenchmarkTask, generate: Callable[..., Any], max_failed_fract
     benchmark = task.benchmark
     groups = generate(task.prompts, task.params)
     baselines = [problem.baseline or "" for problem in task.problems] if benchmark.is_pairwise else None
-    graded = grade(task.reward, task.prompts, groups, baselines=baselines, max_failed_fraction=max_failed_fraction)
+    graded = grade(
+        task.reward,
+        task.prompts,
+        groups,
+        baselines=baselines,
+        max_failed_fraction=max_failed_fraction,
+        known=verdicts if "judge" in benchmark.needs else None,
+    )
     scores_PN = graded.scores_PN
     kinds = [problem.kind or benchmark.name for problem in task.problems]
     of_kind: dict[str, list[list[float]]] = defaultdict(list)

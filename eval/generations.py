@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import UserDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from eval.grading import has_failed
 from eval.samplers import UNKNOWN_ID, Stream
 from posttrain.errors import RunStopped
-from posttrain.types import Completion, Prompt, SamplingParams
+from posttrain.types import Completion, Prompt, RewardResult, SamplingParams
 
 
 class Generations:
@@ -64,6 +65,10 @@ class Generations:
 
         return generate
 
+    def verdicts(self, name: str) -> Verdicts:
+        """What a judge said of the suite's answers, on disk too."""
+        return Verdicts(self.path / f"{name}-verdicts.jsonl")
+
     def _key(self, prompt: Prompt, params: SamplingParams, sample: int) -> str:
         """What an answer depends on."""
         asked = [[message["role"], message["content"]] for message in prompt.messages]
@@ -72,15 +77,33 @@ class Generations:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def _read(self, name: str) -> dict[str, Completion]:
-        file = self.path / f"{name}.jsonl"
-        found = {}
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-            try:
-                row = json.loads(line)
-                found[row["key"]] = _completion(row)
-            except (ValueError, KeyError):
-                continue  # the line that was being written when the run was killed
-        return found
+        return {row["key"]: _completion(row) for row in _whole_lines(self.path / f"{name}.jsonl")}
+
+
+class Verdicts(UserDict[str, RewardResult]):
+    """Key -> verdict, each written to a file when it is put in."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.data = {row["key"]: RewardResult(row["score"], "ok", row["detail"]) for row in _whole_lines(file)}
+        self._file = file
+
+    def __setitem__(self, key: str, result: RewardResult) -> None:
+        self.data[key] = result
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, "score": result.score, "detail": result.detail}) + "\n")
+
+
+def _whole_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file, without a line that was being written when the run was killed."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        found.append(row)
+    return found
 
 
 def _is_finished(run_dir: Path) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,6 +17,7 @@ from posttrain.types import Completion, Prompt, RewardResult
 from rewards import Item, to_item
 from rewards.warden import Warden
 
+AT_ONCE = 256  # verdicts that a crash may cost
 NO_ANSWER = RewardResult(0.0, "infrastructure", "the model gave no answer")
 
 
@@ -43,6 +46,7 @@ def grade(
     *,
     baselines: Sequence[str] | None = None,
     max_failed_fraction: float = 0.0,
+    known: MutableMapping[str, RewardResult] | None = None,
 ) -> Graded:
     """Judge the completions [P][N] of the prompts.
 
@@ -52,6 +56,7 @@ def grade(
         groups: [P][N].
         baselines: [P] answers that each completion is compared with, for a grouped grader.
         max_failed_fraction: of the completions, that may lack an answer or a verdict. Those count as wrong.
+        known: verdicts that are not asked for again, by `key_of`; new ones are put in as they come, since judges cost.
 
     Raises:
         RunStopped: more than that, so that the figures would say nothing.
@@ -66,7 +71,7 @@ def grade(
     for row, column in places:
         item = to_item(prompts[row], groups[row][column])
         items.append([item, Item(baselines[row], item.answer, item.metadata)] if baselines is not None else [item])
-    results, complaint = _judge(reward, items)
+    results, complaint = _judge(reward, items) if known is None else _judge_rest(reward, items, known)
     found = dict(zip(places, results, strict=True))
     results_PN = tuple(
         tuple(found.get((row, column), NO_ANSWER) for column in range(len(group))) for row, group in enumerate(groups)
@@ -80,6 +85,32 @@ def grade(
             f"{max_failed_fraction:g}; mend the cause and go on with --resume, or raise it: those count as wrong"
         )
     return Graded(results_PN, counts)
+
+
+def key_of(reward: RewardSection, call: Sequence[Item]) -> str:
+    """What a verdict depends on."""
+    shown = [[item.completion, item.answer, item.metadata.get("messages")] for item in call]
+    text = json.dumps([reward.func, dict(reward.kwargs), shown], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+
+def _judge_rest(
+    reward: RewardSection, items: Sequence[Sequence[Item]], known: MutableMapping[str, RewardResult]
+) -> tuple[list[RewardResult], str]:
+    """`_judge` of what is not known yet, in parts, so that a crash costs the verdicts of one part."""
+    keys = [key_of(reward, call) for call in items]
+    fresh: dict[str, RewardResult] = {}
+    complaint = ""
+    rest = [place for place, key in enumerate(keys) if key not in known]
+    for start in range(0, len(rest), AT_ONCE):
+        part = rest[start : start + AT_ONCE]
+        results, why = _judge(reward, [items[place] for place in part])
+        complaint = complaint or why
+        for place, result in zip(part, results, strict=True):
+            fresh[keys[place]] = result
+            if result.status == "ok":
+                known[keys[place]] = result
+    return [fresh.get(key) or known[key] for key in keys], complaint
 
 
 def _judge(reward: RewardSection, items: Sequence[Sequence[Item]]) -> tuple[list[RewardResult], str]:

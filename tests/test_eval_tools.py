@@ -163,6 +163,31 @@ def test_answers_survive_a_crash_and_are_not_asked_for_again(tmp_path: Path) -> 
     assert not file.exists()
 
 
+def test_verdicts_that_were_paid_for_are_not_asked_for_again(tmp_path: Path) -> None:
+    log, reward = tmp_path / "calls.txt", tmp_path / "judge.py"
+    reward.write_text(
+        "from posttrain.types import RewardResult\n\n\n"
+        "def score(completion, answer, away='', **metadata):\n"
+        f"    open({str(log)!r}, 'a').write(completion + '\\n')\n"
+        "    if completion == away:\n        return RewardResult(0.0, 'infrastructure', 'judge is away')\n"
+        "    return float(completion == answer)\n"
+    )
+    groups = [[Completion((1,), (0.0,), "stop", text, 0)] for text in "012"]
+    section = RewardSection(func=f"{reward}:score", kwargs={"away": "1"}, retries=0)
+    verdicts = Generations(tmp_path, "m", resume=False).verdicts("s")
+    with pytest.raises(RunStopped, match="1 no verdict"):
+        grade(section, PROMPTS, groups, known=verdicts)
+    (tmp_path / "generations" / "s-verdicts.jsonl").open("a").write('{"torn')
+    log.write_text("")
+    again = Generations(tmp_path, "m", resume=True).verdicts("s")
+    assert len(again) == 2
+    graded = grade(section, PROMPTS, groups, known=again, max_failed_fraction=0.5)
+    assert graded.scores_PN == [[1.0], [0.0], [1.0]] and graded.counts["no_verdict"] == 1
+    assert log.read_text().split() == ["1"]  # the one without a verdict
+    other = section.model_copy(update={"kwargs": {"away": "2"}})  # another judge has to be asked
+    assert grade(other, PROMPTS, groups, known=again, max_failed_fraction=0.5).scores_PN == [[1.0], [1.0], [0.0]]
+
+
 def test_what_goes_wrong_is_counted(tmp_path: Path) -> None:
     reward = tmp_path / "reward.py"
     reward.write_text(
