@@ -8,12 +8,11 @@ import re
 import zlib
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 from benchmark_rows import FIXTURES, Fixture, box
+from fake_judge import serve
 
 from eval.benchmarks import NAMES, get_benchmark
 from eval.benchmarks.base import Benchmark, Problem
@@ -23,49 +22,10 @@ from rewards import RewardFunction
 from rewards.sandbox import SandboxUnavailableError, shared_pool
 
 
-class FakeJudge(BaseHTTPRequestHandler):
-    """A server that judges by one rule: the reference's text, or else the word "good", makes an answer good."""
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        rules, asked = (message["content"] for message in request["messages"])
-        word = re.search(r"Verdict (\w+):", rules)[1]  # type: ignore[index]
-        texts = re.findall(rf"<{word}>\n(.*?)\n<{word}>", asked, re.DOTALL)
-        reference = re.search(r"Reference answer:\n(.*?)\n\n", asked, re.DOTALL)
-        good = [(reference[1] if reference else "good") in text for text in texts]
-        if len(texts) == 1:
-            verdict = str(int(good[0]))
-        elif any(good):
-            verdict = "TIE" if all(good) else "FIRST" if good[0] else "SECOND"
-        else:  # the baseline beats what is plainly bad
-            bad = ["bad" in text for text in texts]
-            verdict = "TIE" if bad[0] == bad[1] else "SECOND" if bad[0] else "FIRST"
-        message = {"role": "assistant", "content": f"I compared them.\nVerdict {word}: {verdict}"}
-        body = json.dumps(
-            {
-                "id": "1",
-                "object": "chat.completion",
-                "created": 0,
-                "model": "judge",
-                "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-            }
-        ).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def judge() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeJudge)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
+    with serve() as address:
+        yield address
 
 
 def has_sandbox(mode: str) -> bool:

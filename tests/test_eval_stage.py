@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 import pytest
+from benchmark_rows import FIXTURES
+from fake_judge import serve
 from stage_commands import run
 
 from eval.__main__ import main
@@ -192,6 +194,28 @@ def test_answers_that_failed_count_as_wrong_where_that_is_allowed(served: str, t
     assert [row["status"] for row in rows] == ["ok", "infrastructure", "ok", "ok"]
 
 
+def test_benchmarks_that_need_a_judge_are_judged(served: str, tmp_path: Path) -> None:
+    for name in ("simpleqa", "arena_hard"):
+        rows = [{**row, "prompt": f"{row['prompt']} 1 + 2"} if "prompt" in row else row for row in FIXTURES[name].rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe, out = tmp_path / "eval.yaml", tmp_path / "run"
+    with serve() as judge:
+        recipe.write_text(
+            f"stage: eval\nendpoint: {{model: adder, base_url: '{served}'}}\noutput_dir: {out}\n"
+            f"eval:\n  judge: {{model: judge, base_url: '{judge}'}}\n"
+            f"  benchmarks: [{{name: simpleqa, path: {tmp_path / 'simpleqa.jsonl'}}}, "
+            f"{{name: arena_hard, path: {tmp_path / 'arena_hard.jsonl'}}}]\n"
+        )
+        assert main([str(recipe)]) == 0
+    found = json.loads((out / "summary.json").read_text())["eval"]
+    assert found["simpleqa"]["pass_at_1"]["value"] == 0.0  # a number is no painter
+    assert (
+        found["arena_hard"]["pass_at_1"]["value"] == 0.5
+    )  # neither it nor the baseline is "good": ties, in both orders
+    assert found["arena_hard"]["counts"]["no_verdict"] == 0
+    assert len((out / "generations" / "arena_hard-verdicts.jsonl").read_text().splitlines()) == 2
+
+
 def test_what_does_not_fit_is_said_before_anything_starts(policy_path: Path, tmp_path: Path, capsys: Any) -> None:
     gsm8k(tmp_path / "gsm8k.jsonl")
     recipe = tmp_path / "eval.yaml"
@@ -230,8 +254,6 @@ def test_recipes_name_one_thing_to_evaluate(tmp_path: Path) -> None:
 
 
 def test_long_prompts_lose_their_middle(tmp_path: Path) -> None:
-    from benchmark_rows import FIXTURES
-
     from data.chat import build_tokenizer
     from eval.benchmark_task import prepare
     from posttrain.recipe import BenchmarkSection, EvalSuiteSection
