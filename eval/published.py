@@ -39,7 +39,8 @@ def published_rows() -> Mapping[str, PublishedRow]:
         ValueError: the file is not what it should be.
     """
     tree = yaml.safe_load(FILE.read_text(encoding="utf-8"))
-    sources, found = tree["sources"], {}
+    sources: dict[str, str] = tree["sources"]
+    found: dict[str, PublishedRow] = {}
     for table in tree["tables"]:
         if table["source"] not in sources:
             raise ValueError(f"{FILE.name}: table of the unknown source {table['source']!r}")
