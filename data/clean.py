@@ -206,11 +206,18 @@ class Decontaminator:
 
     def find(self, record: Record) -> Example | None:
         """What of an evaluation problem is in a chat; None if nothing."""
+        return next(self.find_all(record), None)
+
+    def find_all(self, record: Record) -> Iterator[Example]:
+        """Everything of evaluation problems that is in a chat; a problem may come several times.
+
+        Of problems that share the words that were found, the first is named.
+        """
         asked = [_whole(m["content"]) for m in record.messages if m["role"] == "user"]
         beginnings = [tuple(asked[:count]) for count in range(2, len(asked) + 1)]
         for whole in [*((text,) for text in asked), *beginnings]:
             if whole in self._whole:
-                return Example(record.id, "\n".join(whole), self._whole[whole])
+                yield Example(record.id, "\n".join(whole), self._whole[whole])
         for message in record.messages:
             words = words_of(message["content"])
             if self._leads.isdisjoint(_windows(words, self._lead)):
@@ -221,8 +228,7 @@ class Decontaminator:
                 for length in self._lengths:
                     run = tuple(words[place : place + length])
                     if run in self._runs:
-                        return Example(record.id, " ".join(run), self._runs[run])
-        return None
+                        yield Example(record.id, " ".join(run), self._runs[run])
 
     def keeps(self, record: Record) -> bool:
         """Whether nothing of an evaluation problem is in a chat."""

@@ -157,15 +157,21 @@ def without_none(value: Any) -> Any:
 # --- all rows at once -------------------------------------------------------------------------------------------------
 
 
-def all_rows(path: str, split: str, name: str | None) -> Sequence[Row]:
+def all_rows(path: str, split: str, name: str | None, revision: str | None = None) -> Sequence[Row]:
     """Every row of a file, folder or hub dataset. `split` may carry slices, "train[:100]", "train[-10%:]".
+
+    Args:
+        path: see `find_files`.
+        split: of a folder or hub dataset.
+        name: configuration of a hub dataset.
+        revision: of a hub dataset; None is the newest.
 
     Raises:
         ValueError: nothing there, no such split, or no row.
     """
     files = find_files(path, split)
     if files is None:
-        dataset: Dataset = _load_from_hub(path, name, split, streaming=False)
+        dataset: Dataset = _load_from_hub(path, name, split, streaming=False, revision=revision)
         return [Row(path, index, without_none(row)) for index, row in enumerate(dataset)]
     rows = list(chain.from_iterable(map(read_file, files)))
     if not rows:
@@ -186,12 +192,12 @@ def _sliced(rows: list[Row], split: str, path: str) -> list[Row]:
     return [row for part in parts for row in rows[part.from_ : part.to]]
 
 
-def _load_from_hub(path: str, name: str | None, split: str, *, streaming: bool) -> Any:
+def _load_from_hub(path: str, name: str | None, split: str, *, streaming: bool, revision: str | None = None) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        return load_dataset(path, name, split=split, streaming=streaming)
+        return load_dataset(path, name, split=split, streaming=streaming, revision=revision)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"{path!r} is neither a local file nor a hub dataset that can be reached; check the spelling and the "

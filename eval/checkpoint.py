@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from contextlib import ExitStack
 
+from eval.samplers import absolute, checkpoint_workers
 from eval.suite import EvalResult, eval_prompts, evaluate
 from posttrain.episodes import episodes
 from posttrain.recipe import EvalSection, ModelSection, SamplerSection
@@ -11,16 +12,12 @@ from posttrain.recipe import EvalSection, ModelSection, SamplerSection
 
 def evaluate_checkpoint(model: ModelSection, section: EvalSection, sampler: SamplerSection) -> EvalResult:
     """Start vLLM workers on a checkpoint, evaluate, stop them."""
-    from posttrain.cluster import SamplerPool, session
     from posttrain.model.load import load_tokenizer
 
-    path = str(model.model_name_or_path)
-    if Path(path).exists():
-        path = str(Path(path).resolve())  # the workers have another working directory
+    path = str(absolute(model).model_name_or_path)
     tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
     prompts = eval_prompts(section, tokenizer)
-    with session(None, sampler.num_workers * sampler.num_cpus):
-        samplers = SamplerPool(model.model_copy(update={"model_name_or_path": path}), sampler, section.seed)
-        samplers.wait_until_ready()
-        with episodes(section.environment, samplers.generate, tokenizer, sampler.max_model_len) as generate:
-            return evaluate(section, prompts, generate)
+    with ExitStack() as stack:
+        workers = stack.enter_context(checkpoint_workers(model, sampler, section.seed))
+        play = episodes(section.environment, workers.generate, tokenizer, sampler.max_model_len)
+        return evaluate(section, prompts, stack.enter_context(play))

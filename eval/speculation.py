@@ -168,11 +168,15 @@ def pooled_rate(counts: Sequence[SpeculationCount], confidence: float = 0.95) ->
     return Estimate(rate, max(0.0, min(rate - half, wilson.low)), min(1.0, max(rate + half, wilson.high)), n)
 
 
-def run(recipe: EvalRecipe) -> int:
+def run(recipe: EvalRecipe, *, resume: bool = False) -> int:
     """Measure, write and print."""
     from posttrain.model.load import load_tokenizer
     from posttrain.model.mtp import require_mtp
 
+    if resume:
+        raise RecipeError("command line: '--resume': drafting has nothing to go on from; leave --resume out")
+    if recipe.model is None or not recipe.eval.datasets:
+        raise RecipeError("drafting is measured with a checkpoint on eval.datasets; give model and eval.datasets")
     start = time.perf_counter()
     path = str(recipe.model.model_name_or_path)
     try:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from data.prompts import to_prompts
+from data.records import Record
+from eval.grading import count, grade
 from eval.statistics import Estimate, estimate
 from posttrain.episode_reward import is_success, require_working
-from posttrain.errors import RunStopped
 from posttrain.recipe import EnvironmentSection, EvalSection
 from posttrain.records import evaluation_records
-from posttrain.reward_setup import build_limits, build_reward
 from posttrain.run_dir import transcript
-from posttrain.types import Completion, Prompt, SamplingParams
-from rewards import to_item
-from rewards.warden import Warden
+from posttrain.types import Completion, Prompt, RewardResult, SamplingParams
 
 Generate = Callable[[Sequence[Prompt], SamplingParams], list[list[Completion]]]
 
@@ -32,6 +30,10 @@ class EvalResult:
     completion_length_mean: float  # tokens, sampled
     truncated_fraction: float  # of the sampled completions
     rows: list[dict[str, Any]]  # every completion
+    counts: Mapping[str, int] = field(default_factory=dict)  # of the sampled completions, see `eval.grading.count`
+    metrics: Mapping[str, Estimate] = field(default_factory=dict)  # others, such as pass@8 and cons@8
+    title: str = ""  # of a benchmark, in tables
+    details: Mapping[str, Any] = field(default_factory=dict)  # of a benchmark: how it was measured, JSON-able
 
     def to_dict(self) -> dict[str, Any]:
         """For summary.json; the completions are left out."""
@@ -41,12 +43,23 @@ class EvalResult:
             "by_level": {name: found.to_dict() for name, found in self.by_level.items()},
             "completion_length_mean": self.completion_length_mean,
             "truncated_fraction": self.truncated_fraction,
+            "counts": dict(self.counts),
+            "metrics": {name: found.to_dict() for name, found in self.metrics.items()},
+            **({"title": self.title} if self.title else {}),
+            **self.details,
         }
 
 
 def eval_prompts(section: EvalSection, tokenizer: Any) -> tuple[Prompt, ...]:
-    """The held-out problems, in the order of the recipe."""
-    return to_prompts(evaluation_records(section.datasets, section.seed), tokenizer)
+    """The held-out problems, in the order of the recipe. Without a tokenizer they have no tokens, for an endpoint."""
+    return as_prompts(evaluation_records(section.datasets, section.seed), tokenizer)
+
+
+def as_prompts(records: Sequence[Record], tokenizer: Any) -> tuple[Prompt, ...]:
+    """Problems as prompts; rendered to tokens, or without them where there is no tokenizer."""
+    if tokenizer is not None:
+        return to_prompts(records, tokenizer)
+    return tuple(Prompt(record.id, record.messages, (), record.answer, record.metadata) for record in records)
 
 
 def evaluate(section: EvalSection, prompts: Sequence[Prompt], generate: Generate) -> EvalResult:
@@ -62,20 +75,17 @@ def evaluate(section: EvalSection, prompts: Sequence[Prompt], generate: Generate
         prompts, SamplingParams(section.max_completion_length, section.temperature, num_generations=section.num_samples)
     )
     greedy = generate(prompts, SamplingParams(section.max_completion_length, 0.0)) if section.greedy else None
-    if section.environment is not None:
-        scores = _successes(section.environment, sampled)
-        greedy_scores = None if greedy is None else _successes(section.environment, greedy)
-    else:
-        grader = build_reward(section.reward)
-        with Warden(grader, build_limits(section.reward, grader.form)) as warden:
-            scores = _grade(warden, prompts, sampled)
-            greedy_scores = None if greedy is None else _grade(warden, prompts, greedy)
+    allowed = getattr(section, "max_failed_fraction", 0.0)  # the recipe of an evaluation has it
+    results = _results(section, prompts, sampled, allowed)
+    scores = [[result.score for result in row] for row in results]
+    greedy_results = None if greedy is None else _results(section, prompts, greedy, allowed)
+    greedy_scores = None if greedy_results is None else [[result.score for result in row] for row in greedy_results]
     kinds: dict[str, list[list[float]]] = {}
     for prompt, scores_N in zip(prompts, scores, strict=True):
         kinds.setdefault(_kind(prompt), []).append(scores_N)
-    rows = _rows(prompts, sampled, scores, "sampled")
-    if greedy is not None and greedy_scores is not None:
-        rows += _rows(prompts, greedy, greedy_scores, "greedy")
+    rows = completion_rows(prompts, sampled, results, "sampled", [_kind(prompt) for prompt in prompts])
+    if greedy is not None and greedy_results is not None:
+        rows += completion_rows(prompts, greedy, greedy_results, "greedy", [_kind(prompt) for prompt in prompts])
     completions = [completion for group in sampled for completion in group]
     return EvalResult(
         pass_at_1=estimate(scores),
@@ -84,6 +94,7 @@ def evaluate(section: EvalSection, prompts: Sequence[Prompt], generate: Generate
         completion_length_mean=statistics.fmean(len(c.sampled_ids) for c in completions),
         truncated_fraction=statistics.fmean(c.finish_reason == "length" for c in completions),
         rows=rows,
+        counts=count(sampled, results),
     )
 
 
@@ -92,48 +103,56 @@ def _kind(prompt: Prompt) -> str:
     return f"{task}/{level}" if level is not None else str(task)
 
 
-def _grade(warden: Warden, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]) -> list[list[float]]:
-    """[P][N] scores.
+def _results(
+    section: EvalSection, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], allowed: float
+) -> Sequence[Sequence[RewardResult]]:
+    """[P][N] of the grader; of an environment 1 for episodes that reached `success_reward`, and 0 for one that failed.
 
     Raises:
-        RunStopped: the grader could not judge a completion, so the figures would say nothing.
+        RunStopped: more completions or environments failed than is allowed.
     """
-    items = [
-        [to_item(prompt, completion) for completion in group] for prompt, group in zip(prompts, groups, strict=True)
-    ]
-    report = warden.score(items)
-    if report.counts["infrastructure"]:
-        raise RunStopped(f"the evaluation's grader could not judge every completion: {report.complaint}")
-    flat = iter(report.results)
-    return [[next(flat).score for _ in group] for group in groups]
+    if section.environment is None:
+        return grade(section.reward, prompts, groups, max_failed_fraction=allowed).results_PN
+    require_working(section.environment, groups)
+    return [[_success(section.environment, completion) for completion in group] for group in groups]
 
 
-def _successes(section: EnvironmentSection, groups: Sequence[Sequence[Completion]]) -> list[list[float]]:
-    """[P][N] 1 for episodes that reached `success_reward`; one whose environment failed did not.
-
-    Raises:
-        RunStopped: more failed than `max_failed_fraction` allows.
-    """
-    require_working(section, groups)
-    return [[float(is_success(section, completion)) for completion in group] for group in groups]
+def _success(section: EnvironmentSection, completion: Completion) -> RewardResult:
+    return RewardResult(float(is_success(section, completion)))
 
 
-def _rows(
-    prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], scores: Sequence[Sequence[float]], mode: str
+def completion_rows(
+    prompts: Sequence[Prompt],
+    groups: Sequence[Sequence[Completion]],
+    results_PN: Sequence[Sequence[RewardResult]],
+    mode: str,
+    kinds: Sequence[str],
 ) -> list[dict[str, Any]]:
+    """A row for each completion, as samples/eval-*.parquet holds them.
+
+    Args:
+        prompts: [P].
+        groups: [P][N] completions.
+        results_PN: of the grader.
+        mode: "sampled" or "greedy".
+        kinds: [P] the part of the evaluation that a problem belongs to.
+    """
     return [
         {
             "mode": mode,
             "prompt_id": prompt.id,
-            "kind": _kind(prompt),
+            "sample": sample,
+            "kind": kind,
             "prompt": prompt.messages[-1]["content"],
             "completion": completion.text,
             "answer": prompt.answer,
-            "score": score,
+            "score": result.score,
+            "status": result.status,
+            "detail": result.detail,
             "finish_reason": completion.finish_reason,
             "length": len(completion.sampled_ids),
             **transcript(completion),
         }
-        for prompt, group, scores_N in zip(prompts, groups, scores, strict=True)
-        for completion, score in zip(group, scores_N, strict=True)
+        for prompt, group, results, kind in zip(prompts, groups, results_PN, kinds, strict=True)
+        for sample, (completion, result) in enumerate(zip(group, results, strict=True))
     ]

@@ -25,13 +25,21 @@ from posttrain.environments import build_environment
 from posttrain.errors import RunStopped
 from posttrain.pipeline_graph import build_graph
 from posttrain.plan import describe
-from posttrain.recipe import DatasetSection, EnvironmentSection, PipelineRecipe, Recipe, RecipeError, RewardSection
+from posttrain.recipe import (
+    DatasetSection,
+    EnvironmentSection,
+    EvalRecipe,
+    PipelineRecipe,
+    Recipe,
+    RecipeError,
+    RewardSection,
+)
 from posttrain.recipe_file import check_files, load_recipe, module_of, nearest, stage_recipe
 from posttrain.reward_setup import build_reward
 
 # Options beyond --dry-run that a stage takes; each becomes a keyword of its `run`.
 STAGE_OPTIONS = {
-    "resume": ("sft", "reward_model", "grpo", "distill"),
+    "resume": ("sft", "reward_model", "grpo", "distill", "eval"),
     "preflight": ("sft",),
     "lineage": ("pipeline",),
     "prune": ("pipeline",),
@@ -219,6 +227,7 @@ def check_recipe(recipe: Recipe, source: str | Path, *, made_in: Path | None = N
     check_files(recipe, source, made_in=made_in)
     check_tasks(recipe, source)
     check_rewards(recipe, source)
+    check_benchmarks(recipe, source)
     if not isinstance(recipe, PipelineRecipe):
         return
     for index, section in enumerate(recipe.stages):
@@ -273,6 +282,29 @@ def _check_adapter(recipe: Recipe, adapter: str, place: str) -> None:
         resolve_adapter(adapter, "pairs" if recipe.stage == "reward_model" else "records")
     except ValueError as error:
         raise RecipeError(f"{place}: {error}") from None
+
+
+def check_benchmarks(recipe: Recipe, source: str | Path) -> None:
+    """Check that every benchmark exists and that what grades it is there; their data are looked at when the stage starts.
+
+    Raises:
+        RecipeError: there is no such benchmark, or it lacks a judge, the sandbox or a package.
+    """
+    if not isinstance(recipe, EvalRecipe) or not recipe.eval.benchmarks:
+        return
+    from eval.benchmarks import get_benchmark
+    from eval.benchmarks.loading import check
+    from eval.likelihood import check_likelihood
+
+    for index, section in enumerate(recipe.eval.benchmarks):
+        try:
+            benchmark = get_benchmark(section.name)
+            if section.method == "lm_eval":
+                check_likelihood(section, recipe.eval)
+            else:
+                check(benchmark, section.path, has_judge=recipe.eval.judge is not None, sandbox=recipe.eval.sandbox)
+        except ValueError as error:
+            raise RecipeError(f"{source}: eval.benchmarks.{index}: {error}") from error
 
 
 def check_rewards(recipe: Recipe, source: str | Path) -> None:

@@ -75,8 +75,7 @@ def describe(recipe: Recipe) -> str:
         if teacher:
             lines += [_sampler(recipe.sampler), *_memory(teacher, recipe.sampler, trains=False, beta=0.0)]
     elif isinstance(recipe, EvalRecipe):
-        lines += [*_model(recipe.model), _sampler(recipe.sampler), *_eval(recipe.eval)]
-        lines += _memory(recipe.model, recipe.sampler, trains=False, beta=0.0)
+        lines += _evaluation(recipe)
     elif isinstance(recipe, UpcycleRecipe):
         lines += [
             f"source      {recipe.source}",
@@ -274,6 +273,31 @@ def _eval(section: EvalSection | None, environment: EnvironmentSection | None = 
     played = environment or section.environment
     judge = f"success in {played.func}" if played else f"graded by {section.reward.func}"
     return [*lines, f"            {each}{every}", f"            {judge}"]
+
+
+def _evaluation(recipe: EvalRecipe) -> list[str]:
+    """What answers, on what, and the memory that a checkpoint takes."""
+    lines = []
+    if recipe.endpoint is not None:
+        where = recipe.endpoint.base_url or "the default address"
+        lines += [
+            f"model       {recipe.endpoint.model} at {where}, {recipe.endpoint.max_concurrency} requests at a time"
+        ]
+    if recipe.model is not None:
+        lines += [*_model(recipe.model), _sampler(recipe.sampler)]
+    if recipe.eval.datasets:
+        lines += _eval(recipe.eval)
+    for section in recipe.eval.benchmarks:
+        changes = ", ".join(f"{name} {value}" for name, value in recipe.eval.options(section).items())
+        how = " by lm-eval" if section.method == "lm_eval" else ""
+        lines.append(
+            f"benchmark   {section.name}{how}, data {section.path or 'of its own'}{f': {changes}' * bool(changes)}"
+        )
+    if recipe.eval.judge is not None:
+        lines.append(f"judge       {recipe.eval.judge.model} at {recipe.eval.judge.base_url or 'the default address'}")
+    if recipe.model is not None:
+        lines += _memory(recipe.model, recipe.sampler, trains=False, beta=0.0)
+    return lines
 
 
 def _checkpoints(section: CheckpointSection, first: str = "") -> list[str]:

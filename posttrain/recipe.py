@@ -23,6 +23,15 @@ from posttrain.distill_recipe import (
     RejectionSection,
     SelectionSection,
 )
+from posttrain.eval_recipe import (
+    BenchmarkOptions,
+    BenchmarkSection,
+    ContaminationSection,
+    EvalRecipe,
+    EvalSuiteSection,
+    JudgeSection,
+    ServedModelSection,
+)
 from posttrain.grpo_recipe import (
     AlgorithmSection,
     AuditSection,
@@ -78,8 +87,11 @@ __all__ = [
     "RECIPES",
     "AlgorithmSection",
     "AuditSection",
+    "BenchmarkOptions",
+    "BenchmarkSection",
     "BuildSection",
     "CheckpointSection",
+    "ContaminationSection",
     "CriticSection",
     "CurriculumSection",
     "DatasetSection",
@@ -90,12 +102,14 @@ __all__ = [
     "EnvironmentSection",
     "EvalRecipe",
     "EvalSection",
+    "EvalSuiteSection",
     "FaultsSection",
     "GenerationSection",
     "GrpoCheckpointSection",
     "GrpoRecipe",
     "GrpoRouterSection",
     "HeldOutSection",
+    "JudgeSection",
     "LearnerSection",
     "LoraSection",
     "ModelSection",
@@ -118,6 +132,7 @@ __all__ = [
     "SamplerSection",
     "Section",
     "SelectionSection",
+    "ServedModelSection",
     "SftRecipe",
     "SftRouterSection",
     "SftTeacherSection",
@@ -128,21 +143,6 @@ __all__ = [
     "ValidationSection",
     "require_checkpoint",
 ]
-
-
-class EvalRecipe(Recipe):
-    """Evaluation of one checkpoint."""
-
-    stage: Literal["eval"] = "eval"
-    model: ModelSection
-    eval: EvalSection
-    sampler: SamplerSection = SamplerSection()
-
-    @model_validator(mode="after")
-    def _eval_fits(self) -> EvalRecipe:
-        require_checkpoint(self.model, "evaluation")
-        self.eval.check_fits(self.sampler, during_training=False)
-        return self
 
 
 class StageSection(Section):

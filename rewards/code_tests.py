@@ -21,6 +21,8 @@ def score(
     completion: str,
     answer: str | None,
     tests: Any = None,
+    prologue: str = "",
+    epilogue: str = "",
     partial_credit: bool = False,
     sandbox: Mode = "bubblewrap",
     python: str | None = None,
@@ -41,6 +43,9 @@ def score(
         completion: the model's text; see `extract_program` for what is run.
         answer: the tests as JSON text, where the record has no column `tests`.
         tests: a list of tests or JSON text of one; see `rewards.code_cases`.
+        prologue, epilogue: code before and after the completion's program, from the record: what the problem has defined, or
+            a function that checks it. Code that checks inside the sandbox can be deceived by the program it checks: use it to
+            measure, not to train.
         partial_credit: score the share of tests; otherwise the first that fails ends the run.
         sandbox: "bubblewrap", or the weaker "landlock" (docs/sandbox.md).
         python: the interpreter; by default this process's own where it can be reached from inside, else the system's.
@@ -65,6 +70,7 @@ def score(
     program = extract_program(completion)
     if program is None:
         return RewardResult(0.0, detail="no single final answer with a closed ```python block")
+    program = assemble(prologue, program, epilogue)
     passed, failure, failed = 0, None, 0
     with shared_pool(sandbox, python).sandbox(program, limits) as runner:
         for place, test in enumerate(cases):
@@ -109,6 +115,16 @@ def extract_program(completion: str) -> str | None:
         elif block is not None:
             block.append(line)
     return program if program is not None and program.strip() else None
+
+
+def assemble(prologue: str, program: str, epilogue: str) -> str:
+    """The three one after the other; what the program imports from `__future__` has to come first."""
+    if not prologue and not epilogue:
+        return program
+    lines = program.split("\n")
+    first = [line for line in lines if line.startswith("from __future__ import")]
+    rest = [line for line in lines if not line.startswith("from __future__ import")]
+    return "\n".join([*first, prologue, *rest, "", epilogue, ""])
 
 
 def _describe(test: CodeTest, outcome: Outcome) -> str:

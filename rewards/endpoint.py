@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,17 +80,35 @@ class Endpoint:
 
     async def chat_all(self, chats: Sequence[Sequence[Message]], **sampling: Any) -> list[Reply | Unavailable]:
         """Answers to several chats, asked side by side, in their order. What failed is returned, not raised."""
+        found = {place: reply async for place, reply in self.stream(chats, [sampling] * len(chats))}
+        return [found[place] for place in range(len(chats))]
+
+    async def stream(
+        self, chats: Sequence[Sequence[Message]], sampling: Sequence[Mapping[str, Any]]
+    ) -> AsyncIterator[tuple[int, Reply | Unavailable]]:
+        """(place, answer) of several chats, each as soon as it is there; `max_concurrency` are under way at a time.
+
+        Args:
+            chats: what to ask.
+            sampling: of each, as in `chat`.
+        """
         gate = asyncio.Semaphore(self.max_concurrency)
         async with self.open() as client:
 
-            async def one(messages: Sequence[Message]) -> Reply | Unavailable:
+            async def one(place: int) -> tuple[int, Reply | Unavailable]:
                 async with gate:
                     try:
-                        return await self.ask(client, messages, **sampling)
+                        return place, await self.ask(client, chats[place], **sampling[place])
                     except Unavailable as error:
-                        return error
+                        return place, error
 
-            return list(await asyncio.gather(*map(one, chats)))
+            tasks = [asyncio.ensure_future(one(place)) for place in range(len(chats))]
+            try:
+                for task in asyncio.as_completed(tasks):
+                    yield await task
+            finally:
+                for waiting in tasks:
+                    waiting.cancel()
 
     async def ask(self, client: Any, messages: Sequence[Message], **sampling: Any) -> Reply:
         """`chat` with a client that is already open."""

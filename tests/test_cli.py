@@ -97,7 +97,7 @@ def test_a_wrong_command_line_says_why(words: str, message: str, capsys: pytest.
     assert line.startswith("error: command line: ") and message in line and line.count("\n") == 1
 
 
-@pytest.mark.parametrize("stage", ["eval", "pipeline"])
+@pytest.mark.parametrize("stage", ["upcycle", "pipeline"])
 def test_stages_that_cannot_resume_refuse_to(stage: str) -> None:
     with pytest.raises(RecipeError, match="leave --resume out"):
         cli.parse(stage, ["r.yaml", "--resume"])
@@ -107,7 +107,7 @@ def test_help_names_the_command_that_works(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as done:
         run_stage("eval", must_not_run, ["--help"])
     text = capsys.readouterr().out
-    assert done.value.code == 0 and "python -m eval recipe.yaml" in text and "--resume" not in text
+    assert done.value.code == 0 and "python -m eval recipe.yaml" in text and "--preflight" not in text
 
 
 # --- running --------------------------------------------------------------------------------------------------------

@@ -348,3 +348,14 @@ def test_a_sandbox_that_does_not_start_says_nothing_of_the_completion(monkeypatc
     result = judge("def add(a, b): return a + b")
     pool.close()
     assert (result.score, result.status) == (0.0, "infrastructure") and "denied" in result.detail
+
+
+def test_code_around_the_program_is_put_in_order() -> None:
+    from rewards.code_tests import assemble
+
+    assert assemble("", "x = 1", "") == "x = 1"
+    whole = assemble("import math", "from __future__ import annotations\nx = math.pi", "def check():\n    return x")
+    assert whole.splitlines()[0] == "from __future__ import annotations"
+    names: dict[str, object] = {}
+    exec(whole, names)
+    assert names["check"]() > 3  # type: ignore[operator]

@@ -57,10 +57,12 @@ def test_wilson_interval_by_hand() -> None:
 
 
 def test_samples_of_one_problem_are_not_independent() -> None:
-    # Means 1, 0, 1, 0: standard error 0.57735 / 2, whatever the number of samples per problem.
+    # Means 1, 0, 1, 0: standard error 0.57735 / 2, whatever the number of samples per problem. As much as of 0.25 / 0.08333 =
+    # 3 independent scores, and by Student's quantile as of 3 (1.95996 / 3.18245)**2 = 1.13789: half of Wilson's interval is
+    # 1.95996 / 2 / sqrt(1.13789 + 1.95996**2).
     found = estimate([[1.0, 1.0], [0.0, 0.0]] * 2)
     assert found.value == 0.5 and found.n == 4
-    assert found.high - 0.5 == pytest.approx(min(0.5, 1.959964 * 0.288675), abs=1e-5)
+    assert found.high - 0.5 == 0.5 - found.low == pytest.approx(0.439173, abs=1e-5)
     with pytest.raises(ValueError, match="at least one problem"):
         estimate([])
 
