@@ -133,6 +133,10 @@ class PolicyTrainer(WholeCheckpoints, SFTTrainer):
         best = {} if self.state.best_metric is None else {"validation/best_loss": self.state.best_metric}
         return {**{name: value for name, value in self._last.items() if name in ("loss", "nll", "mtp_loss")}, **best}
 
+    def take_expert_loads(self) -> list[list[int]]:
+        """[L][E] tokens that each expert got since this was last asked; empty for a dense model."""
+        return self._balance.take_loads()
+
     def last_counts(self) -> torch.Tensor:
         """Tokens that each expert received in the last optimizer step, [L, E]."""
         return self._balance.last_counts
