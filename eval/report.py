@@ -79,7 +79,9 @@ def labels(directories: Sequence[Path]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 for what is no run directory."""
-    parser = argparse.ArgumentParser(prog="python -m eval.report", description="write report.html of one run or several")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.report", description="write report.html of one run or several"
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument("--out", type=Path, help="the file; default: report.html in the run, or comparison.html here")
     parser.add_argument("--max-samples", type=int, default=Budget().samples, help="completions embedded (%(default)s)")

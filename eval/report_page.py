@@ -34,7 +34,10 @@ def render(title: str, chunks: Mapping[str, Any], *, is_live: bool = False) -> s
         is_live: whether the page may ask the server that it came from for more.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGE), autoescape=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(PAGE),
+        autoescape=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
     )
     styles, scripts = ([_source(name) for name in names] for names in (STYLES, SCRIPTS))
     return environment.get_template("index.html").render(
@@ -53,8 +56,8 @@ def content_policy(*, is_live: bool) -> str:
     styles = " ".join(_hash(_source(name)) for name in STYLES)
     connect = "'self'" if is_live else "'none'"
     return (
-        f"default-src 'none'; script-src {scripts}; style-src {styles}; img-src data:; connect-src {connect}; base-uri 'none'; "
-        f"form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+        f"default-src 'none'; script-src {scripts}; style-src {styles}; img-src data:; connect-src {connect}; "
+        f"base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
 
 

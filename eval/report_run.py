@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ def stage_directories(run_dir: Path) -> list[Path]:
         FileNotFoundError: there is no run in the directory.
     """
     if not (run_dir / "recipe.yaml").exists():
-        raise FileNotFoundError(f"{run_dir} is no run directory: it has no recipe.yaml; give what a stage or pipeline wrote")
+        raise FileNotFoundError(
+            f"{run_dir} is no run directory: it has no recipe.yaml; give what a stage or pipeline wrote"
+        )
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text()) or {}
     if recipe.get("stage") != "pipeline":
         return [run_dir]
@@ -32,18 +34,23 @@ def stage_directories(run_dir: Path) -> list[Path]:
     return [directory for directory in found if (directory / "recipe.yaml").exists()]
 
 
-def read_run(directory: Path) -> dict[str, Any]:
+def read_run(directory: Path, read: Callable[[Path], list[dict[str, Any]]] | None = None) -> dict[str, Any]:
     """Recipe, environment, curves, router loads, evaluations, alarms and data funnel of a stage's run.
 
     A run that is still going on has no summary yet, and may have no metrics.
 
+    Args:
+        directory: of the stage.
+        read: reads JSON Lines, e.g. one that remembers; None takes `read_lines`.
+
     Raises:
         FileNotFoundError: no recipe.yaml in it.
     """
+    read = read or read_lines
     recipe_text = (directory / "recipe.yaml").read_text()
     recipe = yaml.safe_load(recipe_text) or {}
     summary = read_json(directory / "summary.json")
-    metrics = read_lines(directory / "metrics.jsonl")
+    metrics = read(directory / "metrics.jsonl")
     return {
         "stage": summary.get("stage") or recipe.get("stage", ""),
         "steps": summary.get("steps", metrics[-1]["step"] if metrics else 0),
@@ -54,10 +61,10 @@ def read_run(directory: Path) -> dict[str, Any]:
         "rewards": [_reward(section) for section in recipe.get("rewards") or ()],
         "environment": read_json(directory / "environment.json"),
         "metrics": columns(evenly(metrics, MAX_STEPS)),
-        "router": router_columns(read_lines(directory / "router.jsonl")),
+        "router": router_columns(read(directory / "router.jsonl")),
         "evaluation": list(evaluations(summary, metrics)),
         "summary": {key: value for key, value in summary.items() if key not in ("metrics", "eval", "stages")},
-        "alarms": read_lines(directory / "alarms.jsonl"),
+        "alarms": read(directory / "alarms.jsonl"),
         "funnel": funnel(directory, metrics),
     }
 
@@ -107,7 +114,11 @@ def evaluations(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
         yield from _figures("held-out pairs", held_out)
     during = [line for line in metrics if line.get("eval/pass_at_1") is not None]
     if not summary and during:
-        yield {"moment": f"step {during[-1]['step']}", "name": LABELS["pass_at_1"], "value": during[-1]["eval/pass_at_1"]}
+        yield {
+            "moment": f"step {during[-1]['step']}",
+            "name": LABELS["pass_at_1"],
+            "value": during[-1]["eval/pass_at_1"],
+        }
 
 
 def _figures(moment: str, found: Mapping[str, Any], prefix: str = "") -> Iterator[dict[str, Any]]:
@@ -129,7 +140,10 @@ def funnel(directory: Path, metrics: Sequence[Mapping[str, Any]]) -> list[dict[s
         loaded = sum(source.get("loaded", 0) for source in sources) or data.get("chats", 0)
         rest = [("not used twice or held out", "chats"), ("fit the length", "kept")]
         found = [("loaded", loaded, "chats"), *((label, data.get(key, 0), "chats") for label, key in rest)]
-        found += [("in packed rows", data.get("tokens", 0), "tokens"), ("with loss", data.get("trained_tokens", 0), "tokens")]
+        found += [
+            ("in packed rows", data.get("tokens", 0), "tokens"),
+            ("with loss", data.get("trained_tokens", 0), "tokens"),
+        ]
     else:
         sampled = sum(line.get("groups/sampled") or 0 for line in metrics)
         if not sampled:

@@ -1,7 +1,7 @@
 """The samples of a run as blocks of columns, the way the page reads them.
 
-A block holds some thousand completions in three parts, since each is needed at another time: the numbers that filters and
-the list show, at once; the texts, when rows are on the screen or searched; what is kept of tokens, when one completion is open.
+A block holds some thousand completions in three parts, since each is needed at another time: the numbers that filters and the
+list show, at once; the texts, when rows are on the screen or searched; what is kept of tokens, when one completion is open.
 """
 
 from __future__ import annotations

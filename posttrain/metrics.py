@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,32 @@ def lines_until(path: Path, step: int | None) -> list[str]:
         return []
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     return [line for line in lines if json.loads(line)["step"] <= step]
+
+
+class LogReader:
+    """Reads logs of JSON lines that grow: each time only what is new. Safe for several threads."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[int, bytes, list[dict[str, Any]]]] = {}  # bytes read, the last line's, lines
+        self._lock = threading.Lock()
+
+    def read(self, path: Path) -> list[dict[str, Any]]:
+        """All whole lines of a log so far; of one that was written anew, those that it has now. Empty without a file."""
+        with self._lock:
+            if not path.exists():
+                return []
+            done, last, lines = self._known.get(path, (0, b"", []))
+            with path.open("rb") as file:
+                file.seek(done - len(last))
+                if file.read(len(last)) != last:  # a run that went on from an earlier step has written it anew
+                    done, last, lines = 0, b"", []
+                    file.seek(0)
+                new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            found = whole.splitlines(keepends=True)
+            lines = [*lines, *map(json.loads, found)]
+            self._known[path] = (done + len(whole), found[-1] if found else last, lines)
+            return lines
 
 
 class MetricsLog:

@@ -12,7 +12,7 @@ from posttrain.metrics import lines_until
 class RouterLog:
     """A line holds `step` and `load`: [L][E] percent of an even share, 100 where each expert gets the same.
 
-    Whole percents keep a line short: about 60 KB for the 58 layers and 256 experts of DeepSeek-V3, 100 bytes for a tiny policy.
+    Whole percents keep a line short: about 60 KB for the 58 layers and 256 experts of DeepSeek-V3, 100 bytes for a tiny one.
     A dense policy leaves no file.
 
     Args:

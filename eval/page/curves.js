@@ -44,9 +44,10 @@ Report.curves.smooth = function (values, factor) {
 /** The metrics of a kind that some shown run has logged at two steps at least. */
 Report.curves.metricsOf = function (kind) {
   const names = new Set(Report.shownRuns().flatMap((run) => Object.keys(run.metrics)));
-  const fits = (name) => kind.metrics.some((wanted) => (wanted instanceof RegExp ? wanted.test(name) : wanted === name));
+  const place = (name) => kind.metrics.findIndex((wanted) => (wanted instanceof RegExp ? wanted.test(name) : wanted === name));
   const drawable = (name) => Report.shownRuns().some((run) => (run.metrics[name] ?? []).filter((value) => value !== null && (!kind.log || value > 0)).length > 1);
-  return [...names].filter((name) => fits(name) && drawable(name)).slice(0, Report.curves.MOST_LINES);
+  const found = [...names].filter((name) => place(name) >= 0 && drawable(name));
+  return found.sort((left, right) => place(left) - place(right)).slice(0, Report.curves.MOST_LINES);
 };
 
 Report.curves.draw = function () {
@@ -65,6 +66,20 @@ Report.curves.draw = function () {
   }
   if (!curves.panels.length) place.append(element("p", { class: "faint", text: "Nothing has been logged twice yet." }));
   curves.fillMore();
+};
+
+/** The axis of a panel's values: never of no height, and on a logarithmic one only powers of ten are marked. */
+Report.curves.range = (_, least, most) => {
+  if (least === null) return [0, 1];
+  if (least !== most) return uPlot.rangeNum(least, most, 0.1, true);
+  return least === 0 ? [0, 1] : [Math.min(0, 2 * least), Math.max(0, 2 * least)];
+};
+Report.curves.powers = function (_plot, _axis, least, most) {
+  const [first, last] = [Math.ceil(Math.log10(least)), Math.floor(Math.log10(most))];
+  const apart = Math.max(1, Math.ceil((last - first) / 5));
+  const powers = [];
+  for (let power = first; power <= last; power += apart) powers.push(10 ** power);
+  return powers;
 };
 
 /** The lines of a panel: a raw one for each metric and run, and over it a smoothed one if asked for. */
@@ -113,8 +128,8 @@ Report.curves.panel = function (figure, kind, names) {
   };
   const options = {
     width: Math.max(260, figure.clientWidth - 20), height: 170, legend: { show: false }, cursor: { sync: { key: "curves", setSeries: false }, points: { size: 6 } },
-    scales: { x: { time: false }, y: kind.log ? { distr: 3 } : {} },
-    axes: [{ ...axis, size: 26 }, { ...axis, size: 52, values: (_, splits) => splits.map((value) => (value === null ? null : Report.number(value))) }],
+    scales: { x: { time: false }, y: kind.log ? { distr: 3 } : { range: curves.range } },
+    axes: [{ ...axis, size: 26 }, { ...axis, size: 56, ...(kind.log ? { splits: curves.powers } : {}), values: (_, splits) => splits.map((value) => (value === null ? null : Report.number(value))) }],
     series: [{}, ...lines.map((line) => ({
       stroke: () => Report.color(line.color, line.faint ? 0.25 : 1), width: line.faint ? 1 : 1.6, dash: line.dash ?? undefined, spanGaps: true, points: { show: joined[0].length < 2 },
     }))],
