@@ -192,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
             is_right = isinstance(seen, list) and all(
                 isinstance(row, list) and len(row) == 4 and all(type(value) is int for value in row) for row in seen
             )
-        except ValueError:
+        except (ValueError, RecursionError):  # no JSON, or brackets without end
             is_right = False
         if not is_right:
             return self._refuse(HTTPStatus.BAD_REQUEST, "seen: give a JSON list of four whole numbers for each stage")

@@ -29,6 +29,7 @@ Report.curves.KINDS = [
   { title: "critic", metrics: ["critic/loss", "critic/explained_variance"] },
 ];
 Report.curves.MOST_LINES = 12;
+Report.curves.STEPS = [1, 10, 100, 1000, 10000, 100000, 1000000].flatMap((power) => [power, 2 * power, 5 * power]);
 
 /** Exponential moving average that starts without a bias towards zero; nulls stay nulls. */
 Report.curves.smooth = function (values, factor) {
@@ -72,7 +73,7 @@ Report.curves.draw = function () {
 Report.curves.range = (_, least, most) => {
   if (least === null) return [0, 1];
   if (least !== most) return uPlot.rangeNum(least, most, 0.1, true);
-  return least === 0 ? [0, 1] : [Math.min(0, 2 * least), Math.max(0, 2 * least)];
+  return least === 0 ? [0, 1] : [Math.min(0, 1.25 * least), Math.max(0, 1.25 * least)];
 };
 Report.curves.powers = function (_plot, _axis, least, most) {
   const [first, last] = [Math.ceil(Math.log10(least)), Math.floor(Math.log10(most))];
@@ -129,7 +130,7 @@ Report.curves.panel = function (figure, kind, names) {
   const options = {
     width: Math.max(260, figure.clientWidth - 20), height: 170, legend: { show: false }, cursor: { sync: { key: "curves", setSeries: false }, points: { size: 6 } },
     scales: { x: { time: false }, y: kind.log ? { distr: 3 } : { range: curves.range } },
-    axes: [{ ...axis, size: 26 }, { ...axis, size: 56, ...(kind.log ? { splits: curves.powers } : {}), values: (_, splits) => splits.map((value) => (value === null ? null : Report.number(value))) }],
+    axes: [{ ...axis, size: 26, incrs: Report.byId("x-axis").value === "step" ? curves.STEPS : undefined }, { ...axis, size: 56, ...(kind.log ? { splits: curves.powers } : {}), values: (_, splits) => splits.map((value) => (value === null ? null : Report.number(value))) }],
     series: [{}, ...lines.map((line) => ({
       stroke: () => Report.color(line.color, line.faint ? 0.25 : 1), width: line.faint ? 1 : 1.6, dash: line.dash ?? undefined, spanGaps: true, points: { show: joined[0].length < 2 },
     }))],
