@@ -138,7 +138,7 @@ def funnel(directory: Path, metrics: Sequence[Mapping[str, Any]]) -> list[dict[s
     if data:
         sources = data.get("preparation", {}).get("sources", ())
         loaded = sum(source.get("loaded", 0) for source in sources) or data.get("chats", 0)
-        rest = [("not used twice or held out", "chats"), ("fit the length", "kept")]
+        rest = [("without duplicates and held-out problems", "chats"), ("fit the length", "kept")]
         found = [("loaded", loaded, "chats"), *((label, data.get(key, 0), "chats") for label, key in rest)]
         found += [
             ("in packed rows", data.get("tokens", 0), "tokens"),

@@ -6,6 +6,7 @@ list show, at once; the texts, when rows are on the screen or searched; what is 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ BLOCK = 2000  # completions
 HEAD = 140  # characters of a prompt in the list
 TOKEN_UNIT = 1e4  # logprobs and advantages are embedded as whole multiples of 1 / TOKEN_UNIT
 GAP_UNIT = 1e7  # the same for learner less sampler, which is tiny where all is well
+TEXTS = ("completion", "chosen", "rejected")
+PROMPTS = ("prompt_id", "pair_id", "prompt")  # what tells prompts apart, the first that is there
 KNOWN = {
     "prompt_id", "pair_id", "prompt", "completion", "answer", "reward", "score", "advantage", "policy_version",
     "finish_reason", "length", "episode", "kind", "mode", "chosen", "rejected", "chosen_score", "rejected_score",
@@ -66,7 +69,8 @@ def sample_files(directory: Path) -> list[Path]:
 
 
 def read_files(files: Sequence[Path], budget: Budget) -> Samples:
-    """The samples of some files."""
+    """The samples of some files; those without texts of completions are left out."""
+    files = [file for file in files if _has_texts(file)]
     sizes = [_size(file) for file in files]
     total, characters = sum(count for count, _ in sizes), sum(size for _, size in sizes)
     share = min(1.0, budget.samples / max(1, total), budget.characters / max(1, characters))
@@ -76,16 +80,17 @@ def read_files(files: Sequence[Path], budget: Budget) -> Samples:
     for number, file in enumerate(files):
         # What a file does not use of its share is there for those after it.
         allowed = tokens_per_file * (number + 1) - (budget.tokens - tokens_left)
-        for group in _groups(_records(file)):
+        rows: list[int] = []
+        for group in _groups(_prompt_ids(file)):
             seen += 1
-            if math.floor(seen * share) == math.floor((seen - 1) * share):
-                continue
-            for record in group:
-                used = len(record.get("token_ids") or ())
-                with_tokens = 0 < used <= allowed
-                if with_tokens:
-                    allowed, tokens_left = allowed - used, tokens_left - used
-                builder.add(record, file.stem, with_tokens=with_tokens)
+            if math.floor(seen * share) > math.floor((seen - 1) * share):
+                rows += group
+        for record in _records(file, rows):
+            used = len(record.get("token_ids") or ())
+            with_tokens = 0 < used <= allowed
+            if with_tokens:
+                allowed, tokens_left = allowed - used, tokens_left - used
+            builder.add(record, file.stem, with_tokens=with_tokens)
             if builder.count >= BLOCK:
                 samples.blocks.append(builder.build())
                 builder = _Builder()
@@ -94,38 +99,50 @@ def read_files(files: Sequence[Path], budget: Budget) -> Samples:
     return samples
 
 
+def _has_texts(file: Path) -> bool:
+    import pyarrow.parquet as pq
+
+    names = set(pq.read_schema(file).names)
+    return bool(names & set(TEXTS)) and bool(names & set(PROMPTS))
+
+
 def _size(file: Path) -> tuple[int, int]:
     """Completions of a file, and characters in them."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    names = [name for name in ("completion", "chosen", "rejected") if name in pq.read_schema(file).names]
+    names = [name for name in TEXTS if name in pq.read_schema(file).names]
     table = pq.read_table(file, columns=names)
-    return table.num_rows, sum(pc.sum(pc.utf8_length(table[name])).as_py() or 0 for name in names)
+    return table.num_rows * len(names), sum(pc.sum(pc.utf8_length(table[name])).as_py() or 0 for name in names)
 
 
-def _records(file: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file; a pair is two, the better and the worse answer."""
+def _prompt_ids(file: Path) -> list[str]:
+    """The prompt of each row."""
     import pyarrow.parquet as pq
 
-    for row in pq.read_table(file).to_pylist():
+    names = pq.read_schema(file).names
+    name = next(name for name in PROMPTS if name in names)
+    return [str(value) for value in pq.read_table(file, columns=[name])[name].to_pylist()]
+
+
+def _groups(prompt_ids: Sequence[str]) -> Iterator[list[int]]:
+    """Rows that are neighbours and of the same prompt."""
+    for _, group in itertools.groupby(enumerate(prompt_ids), key=lambda pair: pair[1]):
+        yield [row for row, _ in group]
+
+
+def _records(file: Path, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Some rows of a file; a pair is two, the better and the worse answer."""
+    import pyarrow.parquet as pq
+
+    if not rows:
+        return
+    for row in pq.read_table(file).take(rows).to_pylist():
         if "chosen" not in row:
             yield row
             continue
         for mode in ("chosen", "rejected"):
             yield {**row, "completion": row[mode], "score": row[f"{mode}_score"], "mode": mode}
-
-
-def _groups(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Neighbours of the same prompt together."""
-    group: list[dict[str, Any]] = []
-    for record in records:
-        if group and _prompt_id(record) != _prompt_id(group[0]):
-            yield group
-            group = []
-        group.append(record)
-    if group:
-        yield group
 
 
 def _prompt_id(record: Mapping[str, Any]) -> str:

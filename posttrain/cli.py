@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -219,6 +220,7 @@ def check_recipe(recipe: Recipe, source: str | Path, *, made_in: Path | None = N
     check_files(recipe, source, made_in=made_in)
     check_tasks(recipe, source)
     check_rewards(recipe, source)
+    check_trackers(recipe, source)
     if not isinstance(recipe, PipelineRecipe):
         return
     for index, section in enumerate(recipe.stages):
@@ -262,6 +264,19 @@ def check_tasks(recipe: Recipe, source: str | Path) -> None:
                     f"{source}: {key}.{index}.levels: {section.task} has no level {wrong[0]}; "
                     f"use some of {', '.join(map(str, known))}"
                 )
+
+
+def check_trackers(recipe: Recipe, source: str | Path) -> None:
+    """Look for the packages of `report_to`, before a run waits for its engines to find that one is missing.
+
+    Raises:
+        RecipeError: one is not installed.
+    """
+    for name in getattr(recipe, "report_to", ()):
+        if find_spec(name) is None:
+            raise RecipeError(
+                f"{source}: report_to: the package {name} is not installed; pip install {name}, or leave it out"
+            )
 
 
 def check_rewards(recipe: Recipe, source: str | Path) -> None:

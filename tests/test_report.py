@@ -20,6 +20,7 @@ from eval.report_samples import Budget, read_samples
 from posttrain.metrics import LogReader, Metric, MetricsLog
 from posttrain.model.balance import RouterBalance
 from posttrain.router_log import RouterLog
+from posttrain.run_dir import RunDir
 from posttrain.sections import RouterSection
 from posttrain.token_records import token_records
 from posttrain.types import Sample
@@ -114,6 +115,27 @@ def test_a_budget_takes_whole_groups_from_all_steps(tmp_path: Path) -> None:
     kept = [len(tokens["ids"]) for block in few.blocks for tokens in block.tokens.values()]
     assert 50 < sum(kept) <= 100
     assert Budget(samples=10, characters=20, tokens=30).among(2) == Budget(5, 10, 15)
+
+
+def test_pairs_are_two_completions_and_other_tables_none(tmp_path: Path) -> None:
+    pair = {
+        "pair_id": "p",
+        "kind": "k",
+        "prompt": "?",
+        "chosen": "yes",
+        "rejected": "no",
+        "chosen_score": 1.5,
+        "rejected_score": -1.0,
+    }
+    run_dir = RunDir(tmp_path)
+    run_dir.write_rows("held-out", [pair, {**pair, "pair_id": "q"}])
+    run_dir.write_rows("numbers", [{"x": 1}])
+    found = read_samples(tmp_path / "samples", Budget())
+    (block,) = found.blocks
+    assert found.total == block.rows["count"] == 4
+    assert block.texts["completions"] == ["yes", "no"] * 2 and block.rows["columns"]["reward"] == [1.5, -1] * 2
+    assert block.rows["columns"]["mode"] == ["chosen", "rejected"] * 2
+    assert read_samples(tmp_path / "nowhere", Budget()).blocks == []
 
 
 def test_tokens_are_whole_numbers(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from browser import Visit, chromium, needs_browser
 from made_runs import make_run, metrics_of
 from stage_commands import GRPO, REWARD, Command, wait_for_step
 
-from eval.report import write_report
 from posttrain import watch, watch_view
 from posttrain.metrics import LogReader, MetricsLog
 from posttrain.run_dir import RunDir
@@ -267,7 +266,7 @@ def test_a_real_run_while_it_trains_and_afterwards(tmp_path: Path, policy_path: 
     reward, recipe, out = tmp_path / "reward.py", tmp_path / "recipe.yaml", tmp_path / "run"
     reward.write_text(REWARD)
     recipe.write_text(GRPO % (policy_path, reward))
-    stage = Command("posttrain.grpo", str(recipe), f"output_dir={out}", "report_to=[tensorboard]")
+    stage = Command("posttrain.grpo", str(recipe), f"output_dir={out}")
     wait_for_step(out, stage.process)
     with chromium(tmp_path / "profile") as context, WatchServer(out, TOKEN) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -293,5 +292,4 @@ def test_a_real_run_while_it_trains_and_afterwards(tmp_path: Path, policy_path: 
         still.picture("real-run")
         assert set(still.requests) == {(out / "report.html").as_uri()} and still.complaints == []
         server.shutdown()
-    assert list((out / "tensorboard").iterdir()) and len(stage_commands.metrics(out)) == 3
-    assert write_report(out).exists()
+    assert len(stage_commands.metrics(out)) == 3

@@ -65,6 +65,8 @@ Report.list.update = async function () {
   if (order) found.sort(order);
   list.found = found;
   const embedded = data.samples.length;
+  Report.byId("samples").hidden = !embedded;
+  document.querySelector('nav a[href="#samples"]').hidden = !embedded;
   const total = data.runs.reduce((sum, run) => sum + run.samples, 0);
   const left = embedded < total ? `; ${Report.number(embedded)} of the run's ${Report.number(total)} are in this page` : "";
   const mean = found.length ? found.reduce((sum, sample) => sum + (sample.reward ?? 0), 0) / found.length : 0;
