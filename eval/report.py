@@ -32,7 +32,7 @@ def write_report(run_dir: Path, budget: Budget | None = None) -> Path:
 def write_comparison(run_dirs: Sequence[Path], path: Path, budget: Budget | None = None) -> Path:
     """Write one page with several runs in it; of a pipeline, its stages."""
     directories = [directory for run_dir in run_dirs for directory in stage_directories(run_dir)]
-    title = " and ".join(str(run_dir) for run_dir in run_dirs)
+    title = " and ".join(labels(run_dirs))
     write_atomically(path, page_of(title, "comparison", directories, budget or Budget()))
     return path
 

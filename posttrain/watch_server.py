@@ -12,6 +12,7 @@ import http.cookies
 import json
 import os
 import shutil
+import socket
 import stat
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -51,10 +52,12 @@ class WatchServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, run_dir: Path, token: str, host: str = "127.0.0.1", port: int = 0) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
         self.run_dir = run_dir.resolve()
         self.token = token
         self.logs = LogReader()
+        self.policy = content_policy(is_live=True)
         self.host = host
         self.port = int(self.server_address[1])
         self.cookie = f"posttrain_watch_{self.port}"  # cookies do not tell ports apart
@@ -62,7 +65,7 @@ class WatchServer(ThreadingHTTPServer):
     @property
     def address(self) -> str:
         """What to open in a browser."""
-        shown = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(self.host, self.host)
         return f"http://{shown}:{self.port}/?token={self.token}"
 
     def knows(self, given: str | None) -> bool:
@@ -154,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(HTTPStatus.FORBIDDEN, "open the address with the token that posttrain.watch printed")
         if url.path == "/":
             return self._send(
-                "text/html; charset=utf-8", self.server.page().encode(), {"Content-Security-Policy": _LIVE_POLICY}
+                "text/html; charset=utf-8", self.server.page().encode(), {"Content-Security-Policy": self.server.policy}
             )
         if url.path == "/news":
             return self._news(query.get("seen", ["[]"])[0])
@@ -251,6 +254,3 @@ class _Limited:
         found: bytes = self._file.read(min(count, self._left))
         self._left -= len(found)
         return found
-
-
-_LIVE_POLICY = content_policy(is_live=True)

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import random
+import socket
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -205,6 +206,18 @@ def test_other_machines_only_if_asked_for(capsys: pytest.CaptureFixture[str], tm
     for host in ("127.0.0.1", "localhost", "::1", "127.8.9.1"):
         watch.require_private(host, public=False)
     assert watch.main([str(tmp_path)]) == 2 and "no run directory" in capsys.readouterr().err
+
+
+def test_the_other_loopback_address(tmp_path: Path) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 on this machine")
+    try:
+        server = WatchServer(make_run(tmp_path / "run", steps=1), TOKEN, "::1")
+    except OSError as error:
+        pytest.skip(f"no IPv6 on this machine: {error}")
+    with server:
+        assert server.address == f"http://[::1]:{server.port}/?token={TOKEN}"
+        assert server.is_named(f"[::1]:{server.port}") and not server.is_named("::1")
 
 
 def test_tokens_are_long_and_new() -> None:

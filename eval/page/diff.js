@@ -3,8 +3,8 @@
 
 Report.diff = { MOST_EDITS: 1500 };
 
-/** Words, blanks and signs; together they are the text. */
-Report.diff.words = (text) => text.match(/[\p{L}\p{N}_]+|\s+|[^\p{L}\p{N}_\s]/gu) ?? [];
+/** Tags, words, blanks and signs; together they are the text. */
+Report.diff.words = (text) => text.match(/<\/?\w+>|[\p{L}\p{N}_]+|\s+|[^\p{L}\p{N}_\s]/gu) ?? [];
 
 /**
  * The way from one list to another as [kind, item] with kind " ", "-" or "+".

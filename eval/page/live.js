@@ -66,7 +66,7 @@ Report.live.ask = async function () {
     const news = await answer.json();
     live.take(news);
     const last = Report.data.runs.at(-1);
-    place.textContent = last.finished ? "run finished" : `live: step ${last.steps}`;
+    place.textContent = last?.finished ? "run finished" : `live: step ${last?.steps ?? 0}`;
     live.timer = setTimeout(live.ask, 1000 * live.SECONDS);
   } catch (error) {
     place.textContent = `not live: ${error.message}`;
