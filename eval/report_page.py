@@ -45,6 +45,7 @@ def render(title: str, chunks: Mapping[str, Any], *, is_live: bool = False) -> s
         policy=content_policy(is_live=is_live),
         styles=styles,
         scripts=scripts,
+        licence=_source("vendor/uPlot-LICENSE.txt"),
         chunks={name: encode(value) for name, value in chunks.items()},
         is_live=is_live,
     )

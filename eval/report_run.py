@@ -63,6 +63,7 @@ def read_run(directory: Path, read: Callable[[Path], list[dict[str, Any]]] | Non
         "metrics": columns(evenly(metrics, MAX_STEPS)),
         "router": router_columns(read(directory / "router.jsonl")),
         "evaluation": list(evaluations(summary, metrics)),
+        "comparison": (directory / "comparison.md").read_text() if (directory / "comparison.md").exists() else "",
         "summary": {key: value for key, value in summary.items() if key not in ("metrics", "eval", "stages")},
         "alarms": read(directory / "alarms.jsonl"),
         "funnel": funnel(directory, metrics),
@@ -127,7 +128,7 @@ def _figures(moment: str, found: Mapping[str, Any], prefix: str = "") -> Iterato
         if isinstance(value, dict) and "value" in value:
             yield {"moment": moment, "name": name, **{part: short(number) for part, number in value.items()}}
         elif isinstance(value, dict):
-            yield from _figures(moment, value, "" if key == "by_level" else f"{name}: ")
+            yield from _figures(moment, value, "" if key in ("by_level", "metrics") else f"{name}: ")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield {"moment": moment, "name": name, "value": short(value)}
 
@@ -154,7 +155,9 @@ def funnel(directory: Path, metrics: Sequence[Mapping[str, Any]]) -> list[dict[s
 
 
 def _reward(section: Mapping[str, Any]) -> dict[str, Any]:
-    reward = RewardSection.model_validate(section)
+    # Only what is shown: a recipe of another version may have other keys.
+    shown = {key: section[key] for key in ("func", "name", "weight", "clip") if key in section}
+    reward = RewardSection.model_validate(shown)
     return {"name": reward.label, "func": reward.func, "weight": reward.weight, "clip": reward.clip}
 
 

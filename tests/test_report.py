@@ -15,7 +15,7 @@ from made_runs import TEXTS, group_of, make_run
 from data.chat import build_tokenizer
 from eval import report
 from eval.report_page import PAGE, content_policy, decode, encode
-from eval.report_run import columns, evenly, funnel, router_columns, short, stage_directories
+from eval.report_run import columns, evaluations, evenly, funnel, router_columns, short, stage_directories
 from eval.report_samples import Budget, read_samples
 from posttrain.metrics import LogReader, Metric, MetricsLog
 from posttrain.model.balance import RouterBalance
@@ -142,6 +142,21 @@ def test_tokens_are_whole_numbers(tmp_path: Path) -> None:
     (block,) = read_samples(make_run(tmp_path / "run", steps=1) / "samples", Budget()).blocks
     tokens = block.tokens["0"]
     assert tokens["logprob"][:2] == [-1000, -2000] and set(tokens["gap"]) == {0} and "reference" not in tokens
+
+
+def test_figures_of_every_kind() -> None:
+    half = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 12}
+    result = {
+        "pass_at_1": half, "greedy": None, "by_level": {"a/1": half}, "metrics": {"pass@8": half}, "counts": {"failed": 2},
+        "title": "MATH", "truncated_fraction": 0.125, "finished": True,
+    }  # fmt: skip
+    rows = list(evaluations({"eval": {"after": result}}, []))
+    assert [(row["name"], row["value"]) for row in rows] == [
+        ("pass@1, sampled", 0.5), ("a/1", 0.5), ("pass@8", 0.5), ("counts: failed", 2), ("truncated fraction", 0.125)
+    ]  # fmt: skip
+    assert rows[0] == {"moment": "after", "name": "pass@1, sampled", **half}
+    during = list(evaluations({}, [{"step": 4, "eval/pass_at_1": 0.25}, {"step": 5}]))
+    assert during == [{"moment": "step 4", "name": "pass@1, sampled", "value": 0.25}]
 
 
 def test_data_funnels(tmp_path: Path) -> None:

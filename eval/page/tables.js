@@ -50,7 +50,8 @@ Report.tables.evaluation = function () {
   ]);
   const head = ["", ...columns.map(({ run, moment }) => (runs.length > 1 ? `${run.name}, ${moment}` : moment))];
   const note = "Bars are 95% intervals on a scale from 0 to 100%; n is the number of problems.";
-  return [Report.table(head, rows), element("p", { class: "hint", text: note })];
+  const published = runs.filter((run) => run.comparison).map((run) => element("details", {}, element("summary", { text: `${run.name}: beside published numbers` }), element("pre", { tabindex: 0, text: run.comparison })));
+  return [Report.table(head, rows), element("p", { class: "hint", text: note }), ...published];
 };
 
 /** A figure with its interval in numbers and as a bar, or a plain number. */
