@@ -16,7 +16,7 @@ from pathlib import Path
 
 from eval.report_page import render
 from eval.report_run import read_run, stage_directories
-from eval.report_samples import Budget, SampleBlock, read_samples
+from eval.report_samples import Budget, SampleBlock, other_files, read_samples
 from posttrain.run_dir import write_atomically
 
 
@@ -52,7 +52,12 @@ def page_of(title: str, kind: str, directories: Sequence[Path], budget: Budget, 
     runs, chunks = [], {}
     for number, (directory, name) in enumerate(zip(directories, names, strict=True)):
         samples = read_samples(directory / "samples", share)
-        run = {**read_run(directory), "name": name, "samples": samples.total}
+        run = {
+            **read_run(directory),
+            "name": name,
+            "samples": samples.total,
+            "others": other_files(directory / "samples"),
+        }
         run["blocks"] = add_blocks(chunks, number, samples.blocks)
         runs.append(run)
     return render(title, {"index": {"title": title, "kind": kind, "runs": runs}, **chunks}, is_live=is_live)

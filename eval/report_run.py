@@ -135,8 +135,11 @@ def _figures(moment: str, found: Mapping[str, Any], prefix: str = "") -> Iterato
 
 def funnel(directory: Path, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """How many records or completions were left after each thing that takes some away: label, count, unit."""
+    steps = (read_json(directory / "summary.json").get("funnel") or {}).get("steps", ())
     data = read_json(directory / "data.json")
-    if data:
+    if steps:
+        found = [(str(row["step"]), row["left"], "answers") for row in steps]
+    elif data:
         sources = data.get("preparation", {}).get("sources", ())
         loaded = sum(source.get("loaded", 0) for source in sources) or data.get("chats", 0)
         rest = [("without duplicates and held-out problems", "chats"), ("fit the length", "kept")]

@@ -23,7 +23,8 @@ TEXTS = ("completion", "chosen", "rejected")
 PROMPTS = ("prompt_id", "pair_id", "prompt")  # what tells prompts apart, the first that is there
 KNOWN = {
     "prompt_id", "pair_id", "prompt", "completion", "answer", "reward", "score", "advantage", "policy_version",
-    "finish_reason", "length", "episode", "kind", "mode", "chosen", "rejected", "chosen_score", "rejected_score",
+    "finish_reason", "length", "completion_tokens", "problem_kind", "episode", "kind", "mode", "chosen",
+    "rejected", "chosen_score", "rejected_score",
 }  # fmt: skip
 
 
@@ -68,6 +69,11 @@ def sample_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.parquet"), key=lambda file: (file.stem.startswith("step-"), file.stem))
 
 
+def other_files(directory: Path) -> int:
+    """How many files of samples are not of a step: evaluations, a teacher's answers."""
+    return sum(not file.stem.startswith("step-") for file in sample_files(directory))
+
+
 def read_files(files: Sequence[Path], budget: Budget) -> Samples:
     """The samples of some files; those without texts of completions are left out."""
     files = [file for file in files if _has_texts(file)]
@@ -100,9 +106,13 @@ def read_files(files: Sequence[Path], budget: Budget) -> Samples:
 
 
 def _has_texts(file: Path) -> bool:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = set(pq.read_schema(file).names)
+    try:
+        names = set(pq.read_schema(file).names)
+    except pa.ArrowInvalid:  # it is still being written
+        return False
     return bool(names & set(TEXTS)) and bool(names & set(PROMPTS))
 
 
@@ -151,7 +161,9 @@ def _prompt_id(record: Mapping[str, Any]) -> str:
 
 def _task(record: Mapping[str, Any]) -> str:
     """Where a problem comes from: its kind, or for older files what its id begins with."""
-    return str(record.get("kind") or _prompt_id(record).split("/train/")[0].split("/eval/")[0])
+    return str(
+        record.get("kind") or record.get("problem_kind") or _prompt_id(record).split("/train/")[0].split("/eval/")[0]
+    )
 
 
 class _Builder:
@@ -179,7 +191,7 @@ class _Builder:
         values["source"].append(self._sources.setdefault(source, len(self._sources)))
         values["reward"].append(short(record.get("reward", record.get("score"))))
         values["advantage"].append(short(record.get("advantage")))
-        values["length"].append(record.get("length"))
+        values["length"].append(record.get("length", record.get("completion_tokens")))
         values["finish"].append(record.get("finish_reason"))
         values["version"].append(record.get("policy_version"))
         values["mode"].append(record.get("mode"))

@@ -24,7 +24,7 @@ from typing import Any
 from eval.report import page_of
 from eval.report_page import content_policy
 from eval.report_run import columns, read_run, router_columns, stage_directories
-from eval.report_samples import Budget, read_files, sample_files
+from eval.report_samples import Budget, other_files, read_files, sample_files
 from posttrain.metrics import LogReader
 
 NEWS_BUDGET = Budget(samples=5_000, characters=8_000_000, tokens=100_000)  # of one answer
@@ -89,7 +89,7 @@ class WatchServer(ThreadingHTTPServer):
 
         Args:
             seen: for each stage the last step of its metrics, of its router log and of its samples that the page has, and
-                how many evaluations.
+                how many files of other samples.
 
         Returns:
             `runs`, an entry for each stage; or `reset`: the page must be loaded anew, since a stage has begun, an evaluation
@@ -102,13 +102,13 @@ class WatchServer(ThreadingHTTPServer):
         return {"reset": True} if None in runs else {"reset": False, "runs": runs}
 
     def _news_of(
-        self, directory: Path, step: int, router_step: int, sample_step: int, num_evals: int
+        self, directory: Path, step: int, router_step: int, sample_step: int, num_others: int
     ) -> dict[str, Any] | None:
         files = sample_files(directory / "samples")
         rollouts = [file for file in files if file.stem.startswith("step-")]
         metrics = self.logs.read(directory / "metrics.jsonl")
         router = self.logs.read(directory / "router.jsonl")
-        if len(files) - len(rollouts) != num_evals or (metrics[-1]["step"] if metrics else 0) < step:
+        if other_files(directory / "samples") != num_others or (metrics[-1]["step"] if metrics else 0) < step:
             return None
         new = read_files([file for file in rollouts if int(file.stem.removeprefix("step-")) > sample_step], NEWS_BUDGET)
         return {

@@ -130,6 +130,7 @@ def test_pairs_are_two_completions_and_other_tables_none(tmp_path: Path) -> None
     run_dir = RunDir(tmp_path)
     run_dir.write_rows("held-out", [pair, {**pair, "pair_id": "q"}])
     run_dir.write_rows("numbers", [{"x": 1}])
+    (tmp_path / "samples/torn.parquet").write_bytes(b"PAR1")
     found = read_samples(tmp_path / "samples", Budget())
     (block,) = found.blocks
     assert found.total == block.rows["count"] == 4
@@ -166,6 +167,9 @@ def test_data_funnels(tmp_path: Path) -> None:
     ]
     assert [row["count"] for row in funnel(tmp_path, lines)] == [16, 6]
     assert funnel(tmp_path, [{"step": 1}]) == []
+    (tmp_path / "summary.json").write_text('{"funnel": {"steps": [{"step": "generated", "left": 9, "removed": 0}]}}')
+    assert funnel(tmp_path, lines) == [{"label": "generated", "count": 9, "unit": "answers"}]
+    (tmp_path / "summary.json").unlink()
     (tmp_path / "data.json").write_text(
         json.dumps(
             {"chats": 9, "kept": 7, "tokens": 100, "trained_tokens": 60, "preparation": {"sources": [{"loaded": 12}]}}

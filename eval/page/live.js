@@ -3,13 +3,13 @@
 
 Report.live = { SECONDS: 3, timer: 0 };
 
-/** What the page has already: for each run its last step, that of its router log and of its samples, and how many evaluations. */
+/** What the page has already: for each run its last step, that of its router log and of its samples, and how many files of other samples. */
 Report.live.seen = function () {
   return Report.data.runs.map((run) => {
     const steps = run.metrics.step ?? [];
     const sources = [...new Set(run.blocks.flatMap((block) => block.rows.sources))];
     const rollouts = sources.filter((name) => name.startsWith("step-")).map((name) => Number(name.slice(5)));
-    return [steps.at(-1) ?? 0, run.router?.steps.at(-1) ?? 0, Math.max(0, ...rollouts), sources.length - rollouts.length];
+    return [steps.at(-1) ?? 0, run.router?.steps.at(-1) ?? 0, Math.max(0, ...rollouts), run.others];
   });
 };
 
