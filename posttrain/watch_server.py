@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 import stat
+import sys
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -77,6 +78,11 @@ class WatchServer(ThreadingHTTPServer):
         if self.host in ("0.0.0.0", "::"):
             return True
         return host_header in {f"{name}:{self.port}" for name in (self.host, "127.0.0.1", "localhost", "[::1]")}
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that went away is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     def page(self) -> str:
         """The report as it stands."""

@@ -70,6 +70,10 @@ def test_smoothing_axis_and_one_more_metric(visit: Visit, run: Path) -> None:
     visit.page.select_option("#more-metrics", "custom/number")
     painted = visit.painted()
     assert painted["custom/number"] > 100 and min(painted.values()) > 100
+    visit.page.locator("#panels .legend button", has_text="format").first.click()
+    visit.page.locator("#smoothing").fill("0.8")
+    shown = visit.page.evaluate("Report.curves.panels[0].plot.series.slice(1).map((line) => line.show)")
+    assert shown == [True, True, True, True, False, False]  # also after drawing anew, and its faint line with it
     reward = visit.page.evaluate("Report.curves.panels[0].plot.data.length")
     assert reward == 7 and visit.complaints == []  # x, and a faint and a smooth line for each of three rewards
 

@@ -1,7 +1,7 @@
 "use strict";
 // Curves, drawn by uPlot: a panel for each kind of metric, a line for each metric of each run that is shown.
 
-Report.curves = { panels: [], extra: [] };
+Report.curves = { panels: [], extra: [], hidden: new Set() };
 
 // A panel: title, the metrics in it (names or patterns), and whether its axis is logarithmic.
 Report.curves.KINDS = [
@@ -140,11 +140,18 @@ Report.curves.panel = function (figure, kind, names) {
   const keys = lines.map((line, place) => {
     if (line.faint) return null;
     const button = element("button", { type: "button", "aria-pressed": "true" }, element("i", { style: { backgroundColor: Report.color(line.color) } }), element("span", { text: line.label }), element("b"));
-    button.addEventListener("click", () => {
-      const shown = button.getAttribute("aria-pressed") !== "true";
+    // What was hidden stays hidden when the panels are drawn again.
+    const name = `${kind.title}: ${line.label}`;
+    const show = (shown) => {
       button.setAttribute("aria-pressed", String(shown));
       plot.setSeries(place + 1, { show: shown });
       if (lines[place - 1]?.faint) plot.setSeries(place, { show: shown });
+    };
+    if (curves.hidden.has(name)) show(false);
+    button.addEventListener("click", () => {
+      const shown = curves.hidden.delete(name);
+      if (!shown) curves.hidden.add(name);
+      show(shown);
     });
     return button;
   });
