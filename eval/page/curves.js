@@ -130,7 +130,7 @@ Report.curves.panel = function (figure, kind, names) {
   const options = {
     width: Math.max(260, figure.clientWidth - 20), height: 170, legend: { show: false }, cursor: { sync: { key: "curves", setSeries: false }, points: { size: 6 } },
     scales: { x: { time: false }, y: kind.log ? { distr: 3 } : { range: curves.range } },
-    axes: [{ ...axis, size: 26, incrs: Report.byId("x-axis").value === "step" ? curves.STEPS : undefined }, { ...axis, size: 56, ...(kind.log ? { splits: curves.powers } : {}), values: (_, splits) => splits.map((value) => (value === null ? null : Report.number(value))) }],
+    axes: [{ ...axis, size: 26, incrs: Report.byId("x-axis").value === "step" ? curves.STEPS : undefined }, { ...axis, size: 56, ...(kind.log ? { splits: curves.powers, filter: (_, splits) => splits } : {}), values: (_, splits) => splits.map((value) => (value === null ? null : Report.number(value))) }],
     series: [{}, ...lines.map((line) => ({
       stroke: () => Report.color(line.color, line.faint ? 0.25 : 1), width: line.faint ? 1 : 1.6, dash: line.dash ?? undefined, spanGaps: true, points: { show: joined[0].length < 2 },
     }))],
