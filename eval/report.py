@@ -16,7 +16,7 @@ from pathlib import Path
 
 from eval.report_page import render
 from eval.report_run import read_run, stage_directories
-from eval.report_samples import Budget, SampleBlock, other_files, read_samples
+from eval.report_samples import Budget, SampleBlock, other_files, read_samples, sample_files
 from posttrain.run_dir import write_atomically
 
 
@@ -47,7 +47,7 @@ def page_of(title: str, kind: str, directories: Sequence[Path], budget: Budget, 
         budget: what is embedded at most, shared by them.
         is_live: whether the page asks its server for what is new (see posttrain/watch.py).
     """
-    share = budget.among(len(directories))
+    share = budget.among(sum(bool(sample_files(directory / "samples")) for directory in directories))
     names = labels(directories)
     runs, chunks = [], {}
     for number, (directory, name) in enumerate(zip(directories, names, strict=True)):

@@ -51,11 +51,12 @@ def read_run(directory: Path, read: Callable[[Path], list[dict[str, Any]]] | Non
     recipe = yaml.safe_load(recipe_text) or {}
     summary = read_json(directory / "summary.json")
     metrics = read(directory / "metrics.jsonl")
+    last = metrics[-1] if metrics else {}
     return {
         "stage": summary.get("stage") or recipe.get("stage", ""),
-        "steps": summary.get("steps", metrics[-1]["step"] if metrics else 0),
+        "steps": summary.get("steps", last.get("step", 0)),
         "max_steps": recipe.get("max_steps") or (recipe.get("training") or {}).get("max_steps"),
-        "seconds": summary.get("seconds", metrics[-1]["seconds"] if metrics else 0),
+        "seconds": summary.get("seconds", last.get("seconds", 0)),
         "finished": summary.get("finished"),
         "recipe": recipe_text,
         "rewards": [_reward(section) for section in recipe.get("rewards") or ()],

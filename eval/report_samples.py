@@ -206,8 +206,8 @@ class _Builder:
             elif family == "status" and rest:
                 if value not in (None, "ok"):
                     self._statuses.setdefault(rest, {})[row] = value
-            elif name not in KNOWN and not name.startswith("token_") and value is not None:
-                extra[name] = short(value)
+            elif name not in KNOWN and not name.startswith("token_") and value not in (None, "", []):
+                extra[name] = ", ".join(map(str, value)) if isinstance(value, list) else short(value)
         if extra:
             self._extras[row] = extra
         for column in self._components.values():

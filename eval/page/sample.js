@@ -116,7 +116,7 @@ Report.sample.rewards = function (sample) {
   const { rows } = sample.block;
   const weights = new Map(sample.run.rewards.map((reward) => [reward.name, reward]));
   const names = Object.keys(rows.components).filter((name) => rows.components[name][sample.row] !== null);
-  if (!names.length) return Report.element("p", { text: `${Report.number(sample.reward)}${sample.run.rewards.length ? "" : " (score of the grader)"}` });
+  if (!names.length) return Report.element("p", { text: `${Report.number(sample.reward)} (one score, without parts)` });
   const parts = names.map((name) => {
     const score = rows.components[name][sample.row];
     const { weight = 1, clip = null } = weights.get(name) ?? {};

@@ -68,7 +68,7 @@ Report.list.update = async function () {
   Report.byId("samples").hidden = !embedded;
   document.querySelector('nav a[href="#samples"]').hidden = !embedded;
   const total = data.runs.reduce((sum, run) => sum + run.samples, 0);
-  const left = embedded < total ? `; ${Report.number(embedded)} of the run's ${Report.number(total)} are in this page` : "";
+  const left = embedded < total ? `; ${Report.number(embedded)} of all ${Report.number(total)} are in this page` : "";
   const mean = found.length ? found.reduce((sum, sample) => sum + (sample.reward ?? 0), 0) / found.length : 0;
   Report.byId("found").textContent = `${Report.number(found.length)} of ${Report.number(embedded)} completions${found.length ? `, mean reward ${Report.number(mean)}` : ""}${left}`;
   list.space.style.height = `${found.length * list.ROW}px`;
