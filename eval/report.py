@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from eval.report_page import render
 from eval.report_run import read_run, stage_directories
@@ -49,7 +50,8 @@ def page_of(title: str, kind: str, directories: Sequence[Path], budget: Budget, 
     """
     share = budget.among(sum(bool(sample_files(directory / "samples")) for directory in directories))
     names = labels(directories)
-    runs, chunks = [], {}
+    runs: list[dict[str, Any]] = []
+    chunks: dict[str, object] = {}
     for number, (directory, name) in enumerate(zip(directories, names, strict=True)):
         samples = read_samples(directory / "samples", share)
         run = {

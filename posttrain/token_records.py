@@ -46,7 +46,7 @@ def token_records(
     order = list(range(len(groups)))
     random.Random(seed).shuffle(order)
     order.sort(key=lambda number: number not in trained)
-    records = {}
+    records: dict[tuple[int, int], TokenRecord] = {}
     for number in order:
         group = groups[number]
         if limit != "all" and len(records) + len(group.completions) > limit:

@@ -11,7 +11,6 @@ import hmac
 import http.cookies
 import json
 import os
-import shutil
 import socket
 import stat
 import sys
@@ -30,6 +29,7 @@ from posttrain.metrics import LogReader
 
 NEWS_BUDGET = Budget(samples=5_000, characters=8_000_000, tokens=100_000)  # of one answer
 MOST_FILES = 2_000  # that are listed
+_PART = 1 << 20  # bytes
 NOT_LISTED = ("checkpoints", "trainer", "references")
 SAFE_HEADERS = {
     "Cache-Control": "no-store",
@@ -218,7 +218,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Type", "application/octet-stream")
             self.send_header("Content-Disposition", "attachment")
             self._end(size)
-            shutil.copyfileobj(_Limited(file, size), self.wfile)
+            while size and (part := file.read(min(size, _PART))):  # no more than announced: it may be growing
+                self.wfile.write(part)
+                size -= len(part)
         return None
 
     def _json(self, value: Any) -> None:
@@ -248,15 +250,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: addresses hold the token."""
-
-
-class _Limited:
-    """A file that is being written to, up to the length that was announced."""
-
-    def __init__(self, file: Any, size: int) -> None:
-        self._file, self._left = file, size
-
-    def read(self, count: int) -> bytes:
-        found: bytes = self._file.read(min(count, self._left))
-        self._left -= len(found)
-        return found
