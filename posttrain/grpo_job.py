@@ -152,10 +152,10 @@ class GrpoJob:
         self.router_log.log(self.step, self.learner.take_expert_loads())
         self.gauges.show(self.step, metrics)
         seed = f"{self.recipe.seed}/tokens/{self.step}"
-        tokens = token_records(
+        records = token_records(
             batch.groups, trained_on, self.tokenizer, limit=self.recipe.log_token_completions, seed=seed
         )
-        self.run_dir.write_samples(self.step, batch.groups, advantages, tokens)
+        self.run_dir.write_samples(self.step, batch.groups, advantages, records)
         self.last_metrics = metrics
         self.cursor = batch.cursor
         for complaint in batch.complaints:
