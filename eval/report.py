@@ -1,110 +1,112 @@
-"""report.html: one self-contained page with the curves, the evaluation table and samples to browse."""
+"""report.html: one self-contained page of a run, or of several side by side.
+
+    python -m eval.report runs/a [runs/b ...] [--out FILE] [--max-samples N]
+
+The page needs nothing but itself: curves, evaluations, samples and the code that shows them are all in the file, and it never
+asks the network for anything. What a model wrote is only ever put into it as data (see eval/report_page.py).
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import math
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-# What is drawn, if it was logged: metric, title, logarithmic.
-CURVES = (
-    ("reward/mean", "reward", False),
-    ("eval/pass_at_1", "pass@1 on held-out problems", False),
-    ("train/loss", "loss", False),
-    ("completion/length_mean", "completion length (tokens)", False),
-    ("policy/entropy", "entropy (nats)", False),
-    ("policy/kl_ref", "KL to the reference (nats)", False),
-    ("policy/clip_fraction", "clipped tokens (share)", False),
-    ("parity/logprob_abs_max", "sampler/learner gap (nats, log scale)", True),
-    ("router/max_violation", "MaxVio of the experts' load", False),
-    ("throughput/tokens_per_second", "generated tokens per second", False),
-)
-WIDTH, HEIGHT = 320, 110
-ROWS_SHOWN = 60
+from eval.report_page import render
+from eval.report_run import read_run, stage_directories
+from eval.report_samples import Budget, SampleBlock, other_files, read_samples, sample_files
+from posttrain.run_dir import write_atomically
 
 
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """One metric over the steps, ready to draw."""
-
-    title: str
-    points: str  # of an SVG polyline
-    first: str
-    last: str
-    lowest: str
-    highest: str
-
-
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, budget: Budget | None = None) -> Path:
     """Write report.html of a stage's run directory, or of a pipeline's with its stages' directories in it."""
-    summary = json.loads((run_dir / "summary.json").read_text())
-    directories = [run_dir / name for name in summary["stages"]] if "stages" in summary else [run_dir]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("report.html.j2").render(
-        title=run_dir.name, width=WIDTH, height=HEIGHT, stages=[_stage(directory) for directory in directories]
-    )
     path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    directories = stage_directories(run_dir)
+    kind = "run" if directories == [run_dir] else "pipeline"
+    write_atomically(path, page_of(run_dir.name, kind, directories, budget or Budget()))
     return path
 
 
-def curve(title: str, steps: Sequence[float], values: Sequence[float], *, logarithmic: bool) -> Curve | None:
-    """Scale a series into the drawing; None when fewer than two finite points are left."""
-    kept = [
-        (step, math.log10(value) if logarithmic else value, value)
-        for step, value in zip(steps, values, strict=True)
-        if value is not None and math.isfinite(value) and (value > 0 or not logarithmic)
-    ]
-    if len(kept) < 2:
-        return None
-    low, high = min(y for _, y, _ in kept), max(y for _, y, _ in kept)
-    start, end = kept[0][0], kept[-1][0]
-    points = " ".join(
-        f"{(step - start) / (end - start) * WIDTH:.1f},{HEIGHT - (y - low) / ((high - low) or 1) * HEIGHT:.1f}"
-        for step, y, _ in kept
+def write_comparison(run_dirs: Sequence[Path], path: Path, budget: Budget | None = None) -> Path:
+    """Write one page with several runs in it; of a pipeline, its stages."""
+    directories = [directory for run_dir in run_dirs for directory in stage_directories(run_dir)]
+    title = " and ".join(labels(run_dirs))
+    write_atomically(path, page_of(title, "comparison", directories, budget or Budget()))
+    return path
+
+
+def page_of(title: str, kind: str, directories: Sequence[Path], budget: Budget, *, is_live: bool = False) -> str:
+    """The page as HTML.
+
+    Args:
+        title: what it is called.
+        kind: "run", "pipeline" (stages one after the other) or "comparison" (runs side by side).
+        directories: run directories of stages.
+        budget: what is embedded at most, shared by them.
+        is_live: whether the page asks its server for what is new (see posttrain/watch.py).
+    """
+    share = budget.among(sum(bool(sample_files(directory / "samples")) for directory in directories))
+    names = labels(directories)
+    runs: list[dict[str, Any]] = []
+    chunks: dict[str, object] = {}
+    for number, (directory, name) in enumerate(zip(directories, names, strict=True)):
+        samples = read_samples(directory / "samples", share)
+        run = {
+            **read_run(directory),
+            "name": name,
+            "samples": samples.total,
+            "others": other_files(directory / "samples"),
+        }
+        run["blocks"] = add_blocks(chunks, number, samples.blocks)
+        runs.append(run)
+    return render(title, {"index": {"title": title, "kind": kind, "runs": runs}, **chunks}, is_live=is_live)
+
+
+def add_blocks(chunks: dict[str, object], run: int, blocks: Sequence[SampleBlock], first: int = 0) -> list[str]:
+    """Put sample blocks among the chunks of a page. Returns their names."""
+    names = []
+    for number, block in enumerate(blocks, start=first):
+        name = f"{run}-{number}"
+        chunks |= {f"rows-{name}": block.rows, f"texts-{name}": block.texts, f"tokens-{name}": block.tokens}
+        names.append(name)
+    return names
+
+
+def labels(directories: Sequence[Path]) -> list[str]:
+    """The shortest names that tell the directories apart: their last parts, and as many before as it takes."""
+    for length in range(1, 8):
+        names = ["/".join(directory.absolute().parts[-length:]) for directory in directories]
+        if len(set(names)) == len(names):
+            return names
+    return [str(directory) for directory in directories]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, or 2 for what is no run directory."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.report", description="write report.html of one run or several"
     )
-    raw = [value for *_, value in kept]
-    return Curve(title, points, *(f"{value:.3g}" for value in (raw[0], raw[-1], min(raw), max(raw))))
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+    parser.add_argument("--out", type=Path, help="the file; default: report.html in the run, or comparison.html here")
+    parser.add_argument("--max-samples", type=int, default=Budget().samples, help="completions embedded (%(default)s)")
+    options = parser.parse_args(argv)
+    if options.max_samples < 0:
+        parser.error(f"--max-samples {options.max_samples}: give 0 or more")
+    budget = Budget(samples=options.max_samples)
+    try:
+        if len(options.runs) == 1 and options.out is None:
+            path = write_report(options.runs[0], budget)
+        else:
+            path = write_comparison(options.runs, options.out or Path("comparison.html"), budget)
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"written: {path.absolute()} ({path.stat().st_size / 1e6:.1f} MB)")
+    return 0
 
 
-def _stage(directory: Path) -> dict[str, Any]:
-    metrics_file = directory / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()] if metrics_file.exists() else []
-    curves = []
-    for name, title, logarithmic in CURVES:
-        logged = [line for line in lines if name in line]
-        drawn = curve(
-            title, [line["step"] for line in logged], [line[name] for line in logged], logarithmic=logarithmic
-        )
-        if drawn is not None:
-            curves.append(drawn)
-    return {
-        "name": directory.name,
-        "summary": json.loads((directory / "summary.json").read_text()),
-        "recipe": (directory / "recipe.yaml").read_text(),
-        "curves": curves,
-        "samples": _samples(directory / "samples"),
-    }
-
-
-def _samples(directory: Path) -> list[dict[str, Any]]:
-    """Some completions of the first and the last step, or of the evaluations or a teacher where nothing was rolled out."""
-    kinds = ("step-*.parquet", "eval-*.parquet", "generations.parquet")
-    files = next((found for kind in kinds if (found := sorted(directory.glob(kind)))), [])
-    chosen = files[:1] + files[1:][-1:]
-    return [{"title": file.stem, "rows": _first_rows(file)} for file in chosen]
-
-
-def _first_rows(file: Path) -> list[dict[str, Any]]:
-    from pyarrow.parquet import ParquetFile
-
-    with ParquetFile(file) as parquet:
-        batch = next(parquet.iter_batches(batch_size=ROWS_SHOWN), None)
-        return [] if batch is None else batch.to_pylist()
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -228,6 +229,7 @@ def check_recipe(recipe: Recipe, source: str | Path, *, made_in: Path | None = N
     check_tasks(recipe, source)
     check_rewards(recipe, source)
     check_benchmarks(recipe, source)
+    check_trackers(recipe, source)
     if not isinstance(recipe, PipelineRecipe):
         return
     for index, section in enumerate(recipe.stages):
@@ -305,6 +307,19 @@ def check_benchmarks(recipe: Recipe, source: str | Path) -> None:
                 check(benchmark, section.path, has_judge=recipe.eval.judge is not None, sandbox=recipe.eval.sandbox)
         except ValueError as error:
             raise RecipeError(f"{source}: eval.benchmarks.{index}: {error}") from error
+
+
+def check_trackers(recipe: Recipe, source: str | Path) -> None:
+    """Look for the packages of `report_to`, before a run waits for its engines to find that one is missing.
+
+    Raises:
+        RecipeError: one is not installed.
+    """
+    for name in getattr(recipe, "report_to", ()):
+        if find_spec(name) is None:
+            raise RecipeError(
+                f"{source}: report_to: the package {name} is not installed; pip install {name}, or leave it out"
+            )
 
 
 def check_rewards(recipe: Recipe, source: str | Path) -> None:

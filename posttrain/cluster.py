@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import reduce
@@ -459,6 +459,10 @@ class LearnerGroup(_RankGroup):
         """The policy as it is becomes the reference, on every rank."""
         self._on_all("renew_reference")
 
+    def take_expert_loads(self) -> list[list[int]]:
+        """[L][E] tokens that each expert got since this was last asked; empty for a dense model."""
+        return self._on_all("take_expert_loads")[0]
+
 
 class CriticGroup(_RankGroup):
     """The critic in training: ranks of `posttrain.critic.Critic`."""
@@ -477,6 +481,39 @@ class CriticGroup(_RankGroup):
 def _sum_of_parts(parts: Sequence[dict[str, Metric]]) -> dict[str, Metric]:
     # Each rank returns its part of the mean.
     return {name: Metric(metric.value, "mean") for name, metric in merge(parts).items()}
+
+
+# --- what Ray shows ---------------------------------------------------------------------------------------------------
+
+
+class StepGauges:
+    """Numbers of a run's last step for Ray's dashboard, and for a Prometheus that scrapes what Ray exports.
+
+    Ray puts `ray_` before the names.
+
+    Args:
+        run: its name, the tag `run` of each number.
+    """
+
+    def __init__(self, run: str) -> None:
+        from ray.util.metrics import Gauge
+
+        self._run = run
+        self._step = Gauge("posttrain_step", "steps that are done", tag_keys=("run",))
+        self._seconds = Gauge("posttrain_phase_seconds", "seconds of the last step's phases", tag_keys=("run", "phase"))
+        self._throughput = Gauge(
+            "posttrain_throughput", "what the last step generated per second", tag_keys=("run", "unit")
+        )
+
+    def show(self, step: int, metrics: Mapping[str, Metric]) -> None:
+        """Show a finished step: the metrics `time/<phase>` and `throughput/<unit>_per_second`."""
+        self._step.set(step, {"run": self._run})
+        for name, metric in metrics.items():
+            family, _, rest = name.partition("/")
+            if family == "time":
+                self._seconds.set(metric.value, {"run": self._run, "phase": rest})
+            elif family == "throughput":
+                self._throughput.set(metric.value, {"run": self._run, "unit": rest.removesuffix("_per_second")})
 
 
 # --- rewards --------------------------------------------------------------------------------------------------------
@@ -547,4 +584,4 @@ class RewardActors:
             ray.kill(actor)
 
 
-__all__ = ["CriticGroup", "LearnerGroup", "RewardActors", "SamplerPool", "session"]
+__all__ = ["CriticGroup", "LearnerGroup", "RewardActors", "SamplerPool", "StepGauges", "session"]

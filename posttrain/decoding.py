@@ -22,9 +22,22 @@ def completion_text(tokenizer: Any, prompt_ids: Sequence[int], token_ids: Sequen
     """
     if ended:
         token_ids = token_ids[:-1]
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    return "".join(token_texts(tokenizer, prompt_ids, token_ids))
+
+
+def token_texts(tokenizer: Any, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text: empty for a special one, and for one that ends within a character.
+
+    Args:
+        tokenizer: of transformers. One without a `tokenizers` backend decodes each token alone, blanks between words left out.
+        prompt_ids: what stands before.
+        token_ids: of the completion.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return [str(tokenizer.decode([token_id], skip_special_tokens=True)) for token_id in token_ids]
     stream = DecodeStream(ids=list(prompt_ids), skip_special_tokens=True)
     pieces = []
     for token_id in token_ids:
@@ -36,4 +49,4 @@ def completion_text(tokenizer: Any, prompt_ids: Sequence[int], token_ids: Sequen
             # Bytes that are no text can leave the stream with a beginning it does not find again.
             stream = DecodeStream(skip_special_tokens=True)
             pieces.append(stream.step(backend, token_id) or "")
-    return "".join(pieces)
+    return pieces

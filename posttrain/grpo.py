@@ -78,7 +78,7 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
                 verdict = Verdict(None)
                 learned, measured = learn(samples, job, verdict, measure=True)
                 agreement = measured or score(samples, job)[1]  # of the batch where nothing of it could be trained on
-            learned |= distillation.metrics(samples)
+            learned |= {**agreement[0].metrics(), **agreement[1].metrics(), **distillation.metrics(samples)}
 
             trained = time.perf_counter()
             receipts = job.publisher.publish(job.step + 1)
@@ -91,7 +91,7 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
                 "time/publish": time.perf_counter() - trained,
                 "time/step": time.perf_counter() - start,
             }
-            job.end_step(batch, batch_advantages, agreement, learned, receipts, seconds, progress)
+            job.end_step(batch, batch_advantages, samples, learned, receipts, seconds, progress)
             if verdict.action:
                 progress.note(f"breaker, step {job.step}: {verdict.action}: {verdict.reason}")
 
@@ -112,10 +112,10 @@ def group_advantages(batch: Rollout, algorithm: AlgorithmSection) -> list[tuple[
 
 def samples_of(batch: Rollout, batch_advantages: Sequence[Sequence[float]], job: GrpoJob) -> list[Sample]:
     """The samples to train on, as they were sampled."""
-    pairs = list(zip(batch.groups, batch_advantages, strict=True))
+    rows = [(number, *pair) for number, pair in enumerate(zip(batch.groups, batch_advantages, strict=True))]
     if job.recipe.algorithm.drop_zero_signal_groups:
         # When no group has signal all are scored, so that parity is still measured.
-        pairs = [pair for pair in pairs if advantages.has_signal(pair[0].judged_rewards)] or pairs
+        rows = [row for row in rows if advantages.has_signal(row[1].judged_rewards)] or rows
     return [
         Sample(
             group.prompt.token_ids,
@@ -126,8 +126,9 @@ def samples_of(batch: Rollout, batch_advantages: Sequence[Sequence[float]], job:
             trained=completion.trained,
             candidates_TC=completion.candidates_TC,
             stale_tokens=completion.stale_tokens(job.step, keeps_cache=job.recipe.rollout.cache_on_update == "keep"),
+            place=(number, index),
         )
-        for group, advantages_G in pairs
+        for number, group, advantages_G in rows
         for index, (completion, advantage) in enumerate(zip(group.completions, advantages_G, strict=True))
         if index not in group.unjudged
     ]

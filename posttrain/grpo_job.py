@@ -22,17 +22,19 @@ from posttrain.episode_reward import episode_scorer
 from posttrain.episodes import episodes
 from posttrain.errors import RunStopped
 from posttrain.metrics import Metric, MetricsLog
-from posttrain.parity import Agreement, Mismatch
+from posttrain.parity import Mismatch
 from posttrain.progress import Progress, before_after_table, paths_written
 from posttrain.recipe import CriticSection, GrpoRecipe, ModelSection
 from posttrain.recipe_file import dump_recipe
 from posttrain.records import load_records
 from posttrain.rollout import Carrying, Generate, Rollout, Score
+from posttrain.router_log import RouterLog
 from posttrain.run_dir import RunDir
-from posttrain.types import Prompt, SamplingParams
+from posttrain.token_records import token_records
+from posttrain.types import Prompt, Sample, SamplingParams
 
 if TYPE_CHECKING:
-    from posttrain.cluster import CriticGroup, LearnerGroup, SamplerPool
+    from posttrain.cluster import CriticGroup, LearnerGroup, SamplerPool, StepGauges
     from posttrain.reward_pool import RewardPool
     from posttrain.weights import Publisher, Receipt
 
@@ -48,6 +50,8 @@ class GrpoJob:
     recipe: GrpoRecipe
     run_dir: RunDir
     log: MetricsLog
+    router_log: RouterLog
+    gauges: StepGauges
     tokenizer: Any
     prompts: PromptStream
     generate: Generate  # single turns, or episodes
@@ -113,7 +117,7 @@ class GrpoJob:
         self,
         batch: Rollout,
         advantages: Sequence[Sequence[float]],
-        agreement: Agreement,
+        trained_on: Sequence[Sample],
         learned: dict[str, Metric],
         receipts: Sequence[Receipt],
         seconds: dict[str, float],
@@ -126,8 +130,6 @@ class GrpoJob:
         tokens = sum(len(completion.sampled_ids) for completion in batch.completions)
         metrics = {
             **batch.metrics(self.step - 1),
-            **agreement[0].metrics(),
-            **agreement[1].metrics(),
             **learned,
             **publication_metrics(receipts),
             **{name: Metric(value, "mean") for name, value in seconds.items()},
@@ -147,7 +149,13 @@ class GrpoJob:
             is_best = self._is_best(result)
             metrics["eval/pass_at_1"] = Metric(result.pass_at_1.value, "last")
         self.log.log(self.step, metrics)
-        self.run_dir.write_samples(self.step, batch.groups, advantages)
+        self.router_log.log(self.step, self.learner.take_expert_loads())
+        self.gauges.show(self.step, metrics)
+        seed = f"{self.recipe.seed}/tokens/{self.step}"
+        records = token_records(
+            batch.groups, trained_on, self.tokenizer, limit=self.recipe.log_token_completions, seed=seed
+        )
+        self.run_dir.write_samples(self.step, batch.groups, advantages, records)
         self.last_metrics = metrics
         self.cursor = batch.cursor
         for complaint in batch.complaints:
@@ -283,7 +291,7 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
         RunStopped: resuming without a whole checkpoint.
         ParityError: the samplers do not hold the learner's weights at the start.
     """
-    from posttrain.cluster import SamplerPool, session
+    from posttrain.cluster import SamplerPool, StepGauges, session
     from posttrain.model.load import load_tokenizer
     from posttrain.reward_pool import RewardPool
     from posttrain.weights import Publisher, canary_sequences
@@ -341,12 +349,15 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
                 if part is not None and kept in progress:
                     part.restore(progress[kept])
         log = MetricsLog(run_dir.path, recipe.report_to, resume_step=step if resume else None)
+        router_log = RouterLog(run_dir.path, resume_step=step if resume else None)
         publisher.publish(step)
         try:
             yield GrpoJob(
                 recipe,
                 run_dir,
                 log,
+                router_log,
+                StepGauges(run_dir.path.name),
                 tokenizer,
                 prompts,
                 generate,

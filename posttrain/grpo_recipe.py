@@ -266,6 +266,8 @@ class GrpoRecipe(Recipe):
     eval: EvalSection | None = None
     checkpoint: GrpoCheckpointSection = GrpoCheckpointSection()
     faults: FaultsSection = FaultsSection()
+    # Completions of a step of which samples/ keeps every token: text, logprobs, advantage. Whole groups, trained ones first.
+    log_token_completions: NonNegativeInt | Literal["all"] = 64
     ray_address: str | None = None  # None: the cluster of the surrounding job, else a local Ray is started
     report_to: tuple[Tracker, ...] = ()
 

@@ -189,6 +189,10 @@ class Learner:
         self._balance.end_step()
         return {**metrics, **self._balance.metrics()}
 
+    def take_expert_loads(self) -> list[list[int]]:
+        """[L][E] tokens that each expert got since this was last asked, all ranks together; empty for a dense model."""
+        return self._balance.take_loads()
+
     def _replayed(self, microbatch: Microbatch) -> torch.Tensor | None:
         """The experts that the sampler chose, if the learner is to use them."""
         return microbatch.experts_NLK if self._router_section.replay else None

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,44 @@ def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
     return merged
 
 
+def lines_until(path: Path, step: int | None) -> list[str]:
+    """The lines of a log, one JSON object each with its `step`, that a run which goes on after this step keeps.
+
+    None where a run begins anew (`step` is None) or there is no such file. A crash may have torn the last line: without its
+    newline it is not kept.
+    """
+    if step is None or not path.exists():
+        return []
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in lines if json.loads(line)["step"] <= step]
+
+
+class LogReader:
+    """Reads logs of JSON lines that grow: each time only what is new. Safe for several threads."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[int, bytes, list[dict[str, Any]]]] = {}  # bytes read, the last line's, lines
+        self._lock = threading.Lock()
+
+    def read(self, path: Path) -> list[dict[str, Any]]:
+        """All whole lines of a log so far; of one that was written anew, those that it has now. Empty without a file."""
+        with self._lock:
+            if not path.exists():
+                return []
+            done, last, lines = self._known.get(path, (0, b"", []))
+            with path.open("rb") as file:
+                file.seek(done - len(last))
+                if file.read(len(last)) != last:  # a run that went on from an earlier step has written it anew
+                    done, last, lines = 0, b"", []
+                    file.seek(0)
+                new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            found = whole.splitlines(keepends=True)
+            lines = [*lines, *map(json.loads, found)]
+            self._known[path] = (done + len(whole), found[-1] if found else last, lines)
+            return lines
+
+
 class MetricsLog:
     """metrics.jsonl, one object per step, and the trackers that the recipe names.
 
@@ -67,13 +106,8 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, report_to: Sequence[str] = (), resume_step: int | None = None) -> None:
         self._path = run_dir / "metrics.jsonl"
-        self._before = 0.0
-        kept: list[str] = []
-        if resume_step is not None and self._path.exists():
-            # A crash may have torn the last line: without its newline it is not kept.
-            lines = [line for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= resume_step]
-            self._before = json.loads(kept[-1])["seconds"] if kept else 0.0
+        kept = lines_until(self._path, resume_step)
+        self._before = json.loads(kept[-1])["seconds"] if kept else 0.0
         self._path.write_text("".join(kept))
         self._start = time.perf_counter()
         self._trackers = [_tracker(name, run_dir) for name in report_to]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.token_records import TokenRecord, token_columns
 from posttrain.types import Completion, Group
 
 if TYPE_CHECKING:
@@ -59,11 +60,18 @@ class RunDir:
         """summary.json: what came of the run."""
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2))
 
-    def write_samples(self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]) -> Path:
-        """A step's rollouts, a row per completion."""
+    def write_samples(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        advantages: Sequence[Sequence[float]],
+        tokens: Mapping[tuple[int, int], TokenRecord] | None = None,
+    ) -> Path:
+        """A step's rollouts, a row per completion; with what is kept of their tokens (see posttrain/token_records.py)."""
         rows = [
             {
                 "prompt_id": group.prompt.id,
+                "kind": group.prompt.kind,
                 "prompt": group.prompt.messages[-1]["content"],
                 "completion": completion.text,
                 "answer": group.prompt.answer,
@@ -79,14 +87,23 @@ class RunDir:
             for group, advantages_G in zip(groups, advantages, strict=True)
             for index, completion in enumerate(group.completions)
         ]
-        return self.write_rows(f"step-{step:06d}", rows)
+        places = [(number, index) for number, group in enumerate(groups) for index in range(len(group.completions))]
+        return self.write_rows(f"step-{step:06d}", rows, token_columns(tokens, places) if tokens else {})
 
     def write_eval_samples(self, name: str, result: EvalResult) -> Path:
         """An evaluation's completions, a row each."""
         return self.write_rows(f"eval-{name}", result.rows)
 
-    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-        """samples/<name>.parquet, a row for each mapping; all have the same keys."""
+    def write_rows(
+        self, name: str, rows: Iterable[Mapping[str, Any]], columns: Mapping[str, Any] | None = None
+    ) -> Path:
+        """samples/<name>.parquet, a row for each mapping; all have the same keys.
+
+        Args:
+            name: of the file.
+            rows: the rows.
+            columns: Arrow arrays that are added as they are.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -94,7 +111,10 @@ class RunDir:
         directory.mkdir(exist_ok=True)
         path = directory / f"{name}.parquet"
         partial = path.with_suffix(".partial")
-        pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), partial)
+        table = pa.Table.from_pylist([dict(row) for row in rows])
+        for column, values in (columns or {}).items():
+            table = table.append_column(column, values)
+        pq.write_table(table, partial)
         partial.replace(path)
         return path
 

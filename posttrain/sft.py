@@ -30,6 +30,7 @@ from posttrain.metrics import MetricsLog
 from posttrain.progress import Progress, before_after_table, paths_written
 from posttrain.recipe import SftRecipe
 from posttrain.recipe_file import dump_recipe
+from posttrain.router_log import RouterLog
 from posttrain.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -105,6 +106,9 @@ def train(recipe: SftRecipe, run_dir: RunDir, job: SftJob, stop: StopRequest) ->
         log = MetricsLog(run_dir.path, recipe.report_to, resume_step=job.resume_step) if job.is_main else None
         trainer = sft_parts.build_trainer(recipe, run_dir, job)
         trainer.add_callback(sft_callbacks.LogSteps(log, progress))
+        if job.is_main:
+            router_log = RouterLog(run_dir.path, resume_step=job.resume_step)
+            trainer.add_callback(sft_callbacks.LogLoads(router_log, trainer.take_expert_loads))
         trainer.add_callback(sft_callbacks.StopOnRequest(stop))
         trainer.train(resume_from_checkpoint=str(job.resumed_from) if job.resumed_from else None)
     return trainer

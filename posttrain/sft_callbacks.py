@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from posttrain.metrics import Metric, MetricsLog
 from posttrain.model.balance import RouterBalance
 from posttrain.model.mtp_objective import MtpObjective
 from posttrain.progress import Progress
+from posttrain.router_log import RouterLog
 
 
 class EndStep(TrainerCallback):
@@ -24,6 +26,25 @@ class EndStep(TrainerCallback):
     def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         for balance in self._balances:
             balance.end_step()
+
+
+class LogLoads(TrainerCallback):
+    """The load of each expert to router.jsonl, whenever the trainer logs its loss."""
+
+    def __init__(self, log: RouterLog, take_loads: Callable[[], list[list[int]]]) -> None:
+        self._log = log
+        self._take_loads = take_loads
+
+    def on_log(
+        self,
+        args: Arguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if "loss" in (logs or {}):
+            self._log.log(state.global_step, self._take_loads())
 
 
 class LogSteps(TrainerCallback):

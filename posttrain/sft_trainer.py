@@ -150,6 +150,10 @@ class PolicyTrainer(WholeCheckpoints, SFTTrainer):
         names = ("loss", "nll", "mtp_loss", "distillation/divergence")
         return {**{name: value for name, value in self._last.items() if name in names}, **best}
 
+    def take_expert_loads(self) -> list[list[int]]:
+        """[L][E] tokens that each expert got since this was last asked; empty for a dense model."""
+        return self._balance.take_loads()
+
     def last_counts(self) -> torch.Tensor:
         """Tokens that each expert received in the last optimizer step, [L, E]."""
         return self._balance.last_counts

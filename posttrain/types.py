@@ -42,6 +42,12 @@ class Prompt:
     answer: str | None = None  # the reference answer that rewards see
     metadata: Mapping[str, Any] = field(default_factory=dict)  # e.g. task, level, and what a scorer needs
 
+    @property
+    def kind(self) -> str:
+        """The task and its level, where there are levels: what figures are given for apart."""
+        task, level = self.metadata.get("task", "problems"), self.metadata.get("level")
+        return f"{task}/{level}" if level is not None else str(task)
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -167,6 +173,7 @@ class Sample:
     returns: tuple[float, ...] | None = None  # [T_completion], what the critic is to learn
     stale_tokens: int = 0  # the first so many were sampled by an earlier version of the policy, or from its cache
     trained: tuple[bool, ...] | None = None  # see Completion.trained; values of other tokens mean nothing
+    place: tuple[int, int] | None = None  # where it came from: which of the step's groups, which of its completions
 
     @property
     def num_trained(self) -> int:

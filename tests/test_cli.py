@@ -11,6 +11,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -353,3 +355,14 @@ def test_every_shipped_recipe_can_be_described(path: Path) -> None:
     recipe = load_recipe(path)
     text = describe(recipe)
     assert f"stage       {recipe.stage}" in text and str(recipe.run_dir) in text
+
+
+def test_a_tracker_that_is_not_installed_is_missed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe: Any = SimpleNamespace(report_to=("tensorboard", "trackio"))
+    monkeypatch.setattr(cli, "find_spec", lambda name: object() if name == "tensorboard" else None)
+    with pytest.raises(
+        RecipeError, match=r"r\.yaml: report_to: the package trackio is not installed; pip install trackio"
+    ):
+        cli.check_trackers(recipe, "r.yaml")
+    recipe.report_to = ("tensorboard",)
+    cli.check_trackers(recipe, "r.yaml")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
 from posttrain.errors import ParityError
+from posttrain.metrics import Metric
 from posttrain.recipe import (
     AlgorithmSection,
     FaultsSection,
@@ -113,6 +117,26 @@ def test_the_first_publication_proves_the_start(parts: Parts) -> None:
     (receipt,) = parts.publisher.publish(0)
     assert receipt.valid and receipt.version == 0
     assert receipt.canary.tokens > 0 and receipt.canary.gap_max < 1e-4
+
+
+def test_ray_exports_what_a_step_took(parts: Parts) -> None:
+    import ray
+
+    from posttrain.cluster import StepGauges
+
+    gauges = StepGauges("made")
+    gauges.show(3, {"time/rollout": Metric(1.5, "mean"), "throughput/tokens_per_second": Metric(200.0, "mean")})
+    ports = [node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]]
+    wanted = {"ray_posttrain_step": "3.0", "ray_posttrain_phase_seconds": "1.5", "ray_posttrain_throughput": "200.0"}
+    found: dict[str, str] = {}
+    end = time.monotonic() + 60  # Ray exports every ten seconds
+    while found != wanted and time.monotonic() < end:
+        time.sleep(0.5)
+        for port in ports:
+            with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                lines = [line for line in answer.read().decode().splitlines() if 'run="made"' in line]
+                found |= {line.partition("{")[0]: line.rpartition(" ")[2] for line in lines}
+    assert found == wanted
 
 
 def test_rollouts_are_what_the_learner_computes(parts: Parts) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from eval.report import curve, write_report
+from eval.report import write_report
 from eval.statistics import estimate
 from eval.suite import evaluate
 from posttrain import checkpoint
@@ -104,17 +105,8 @@ def test_run_directory_and_report(tmp_path: Path) -> None:
     result = {"pass_at_1": estimate([[1.0]]).to_dict(), "greedy": None, "completion_length_mean": 2.0, "by_level": {}}
     run_dir.write_summary({"stage": "grpo", "seconds": 1.0, "steps": 3, "eval": {"after": result}})
     page = write_report(run_dir.path).read_text()
-    assert "<script>" not in page and "&lt;script&gt;" in page  # what a model wrote is shown, not run
-    assert page.count("<polyline") == 1 and "100.0%" in page
-    assert "http" not in page.replace("http-equiv", "")
-
-
-def test_curves_are_scaled_into_the_drawing() -> None:
-    drawn = curve("x", [1, 2, 3], [0.0, 1.0, 2.0], logarithmic=False)
-    assert drawn is not None and drawn.points == "0.0,110.0 160.0,55.0 320.0,0.0"
-    drawn = curve("x", [1, 2, 3], [1e-6, 1e-5, 1e-4], logarithmic=True)
-    assert drawn is not None and drawn.points == "0.0,110.0 160.0,55.0 320.0,0.0"
-    assert curve("x", [1, 2], [1.0, math.nan], logarithmic=False) is None
+    assert "alert(1)" not in page  # what a model wrote is data (tests/test_report_page.py runs it)
+    assert "http://" not in re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ class RouterBalance:
             shape = (len(routers), routers[0].weight.shape[0])
             self._step_LE = torch.zeros(shape, device=device)
             self._seen_LE = torch.zeros(shape, device=device)
+            self._loads_LE = torch.zeros(shape, device=device)
             self._entropy_L = torch.zeros(len(routers), device=device)
 
     @property
@@ -102,6 +103,7 @@ class RouterBalance:
         if self._section.bias_update_speed:
             router.update_correction_bias(self.routers, self._step_LE, self._section.bias_update_speed)
         self._seen_LE += self._step_LE
+        self._loads_LE += self._step_LE
         self.last_counts = self._step_LE.clone()
         self._step_LE.zero_()
 
@@ -133,9 +135,18 @@ class RouterBalance:
         self._entropy_L.zero_()
         return found
 
+    def take_loads(self) -> list[list[int]]:
+        """[L][E] tokens that each expert got in the optimizer steps since this was last asked; empty for a dense model."""
+        if not self.routers:
+            return []
+        found: list[list[int]] = self._loads_LE.long().tolist()
+        self._loads_LE.zero_()
+        return found
+
     def _to(self, device: torch.device) -> None:
         if self._step_LE.device != device:  # the trainer moved the model after we were made
             self._step_LE, self._seen_LE = self._step_LE.to(device), self._seen_LE.to(device)
+            self._loads_LE = self._loads_LE.to(device)
             self._entropy_L = self._entropy_L.to(device)
 
 
