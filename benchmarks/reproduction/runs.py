@@ -170,9 +170,53 @@ def sft_compute(directory: Path) -> Compute:
     return Compute(6 * active_parameters(directory / "checkpoints" / "latest") * tokens, summary["seconds"])
 
 
+def teacher_compute(directory: Path) -> Compute:
+    """Of the sampling of a distillation stage; what the teacher's training took is not in it."""
+    import yaml
+
+    teacher = yaml.safe_load((directory / "recipe.yaml").read_text())["teacher"]["model"]["model_name_or_path"]
+    usage = read_json(directory / "data_card.json")["usage"]
+    tokens = usage["prompt_tokens"] + usage["completion_tokens"]
+    return Compute(2 * active_parameters(Path(teacher)) * tokens, read_json(directory / "summary.json")["seconds"])
+
+
 def prompt_tokens(text: str) -> int:
     """Of a prompt in the tiny chat template: a token for each character, and <bos>, <|user|>, <|assistant|>."""
     return len(text) + 3
+
+
+# --- rejection sampling -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Funnel:
+    """What became of a teacher's samples."""
+
+    stages: list[tuple[str, int]]  # what they have survived, and how many are left; the first are all
+    rejected: int  # for a fault of their own; the others are duplicates, or another of their problem was picked
+    prompts: int
+    prompts_kept: int  # with a sample that was kept
+
+    @property
+    def sampled(self) -> int:
+        return self.stages[0][1]
+
+    @property
+    def kept(self) -> int:
+        return self.stages[-1][1]
+
+
+def funnel(directory: Path) -> Funnel:
+    """Of a distillation stage, by its data card; checks that rejected nothing are left out."""
+    card = read_json(directory / "data_card.json")["funnel"]
+    steps = card["steps"]
+    shown = [step for place, step in enumerate(steps) if step["removed"] or place in (0, len(steps) - 1)]
+    return Funnel(
+        [(step["step"], step["left"]) for step in shown],
+        sum(step["removed"] for step in steps if step.get("reason") not in ("duplicate", "not_picked")),
+        card["prompts"]["all"],
+        card["prompts"]["with_a_kept_answer"],
+    )
 
 
 def total_seconds(run_dir: Path, stages: Iterable[str]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,11 @@ from benchmarks.reproduction.runs import (
     teacher_compute,
 )
 from eval.statistics import Estimate, paired_difference
+
+WHY_REASONING = (
+    "A direct answer has to count all letters in the layers that one token passes, "
+    "reasoning counts one letter at a time. "
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +62,11 @@ def zero(run_dir: Path) -> Table:
             (name, share(a.accuracy), share(g.accuracy), number(a.length), plain(a.worked_share), share(a.language))
             for name, (a, g) in policies.items()
         ],
-        f"That RL alone raises accuracy {verdict(gain)} ({points(gain)}), and so do lengths ({tokens(growth)}, "
-        f"{verdict(growth)}): of the base model's answers those that reason are right in {share(base.accuracy_where(True))} "
-        f"and the others in {share(base.accuracy_where(False))}, and RL took the share of those that reason from "
-        f"{plain(base.worked_share)} to {plain(zero.worked_share)}. Cold start and RL against R1-Zero, after as many steps of "
-        f"RL: {points(lead)}, so that it is better {verdict(lead)}; its words are in the question's language in "
-        f"{share(warm.language)} against {share(zero.language)}.",
+        f"{claim('RL alone raises accuracy', gain)}, {claim('and its answers grow', growth, tokens)}: of the base model's "
+        f"answers those that reason are right in {share(base.accuracy_where(True))} and the others in "
+        f"{share(base.accuracy_where(False))}, and RL took the share of those that reason from {plain(base.worked_share)} to "
+        f"{plain(zero.worked_share)}. {claim('Cold start and RL end above R1-Zero after as many steps of RL', lead)}; of its "
+        f"words {share(warm.language)} are in the question's language, of R1-Zero's {share(zero.language)}.",
     )
 
 
@@ -98,7 +102,7 @@ def student(run_dir: Path) -> Table:
             )
             for name, answers, once, cost in rows
         ],
-        f"That distillation beats RL {verdict(lead)} ({points(lead)}), with {sft_cost.flops / rl_cost.flops:.2f} times the "
+        f"{claim('Distillation beats RL', lead)}, with {sft_cost.flops / rl_cost.flops:.2f} times the "
         f"compute and {sft_cost.seconds / rl_cost.seconds:.2f} times the seconds of RL, the teacher's sampling included, its "
         f"training not. RL took the share of answers that reason from {plain(base.worked_share)} to {plain(rl.worked_share)} "
         f"and how often those are right from {share(base.accuracy_where(True))} to {share(rl.accuracy_where(True))}; "
@@ -139,10 +143,9 @@ def distilled_reasoning(run_dir: Path) -> Table:
             )
             for name, answers, general in zip(names, (direct, reasoned, final), sums, strict=True)
         ],
-        f"That accuracy rises {verdict(gain)} ({points(gain)}), and that answers become longer {verdict(growth)} "
-        f"({longer:.2f} times, {tokens(growth)}): with the same number of steps and of tokens in each, direct answers are "
-        f"right in {share(direct.accuracy)}, since all letters have to be counted in one pass, where reasoning counts one "
-        f"at a time. The general problems, which both saw with the same direct answers, differ by "
+        f"{claim('Distilled reasoning raises accuracy', gain)}, {claim('and makes answers longer', growth, tokens)}, here "
+        f"{longer:.2f} times as long, with the same number of steps and of tokens in each. "
+        f"{WHY_REASONING if gain.low > 0 else ''}The general problems, which both saw with the same direct answers, differ by "
         f"{points(paired_difference(sums[0].scores, sums[1].scores))}.",
     )
 
@@ -190,8 +193,8 @@ def language(run_dir: Path) -> Table:
         kept = paired_difference(*common(off, on))
         cost = paired_difference(off.scores, on.scores)
         sentences.append(
-            f"{name}, that the reward raises the share of the question's language {verdict(kept)} ({points(kept)}), and that "
-            f"it costs accuracy {verdict(negative(cost))} ({points(cost)})"
+            f"{claim(f'RL {name}: the reward keeps the reasoning in the language of the question', kept)}, "
+            f"{claim('at a cost in accuracy', negative(cost))}"
         )
     drift = paired_difference(*common(starts["from the cold start"], pairs["from the cold start"][0]))
     return Table(
@@ -201,9 +204,18 @@ def language(run_dir: Path) -> Table:
         "(R1, section 2.3.2).",
         ("RL", "reward", "words in the question's language", "pass@1", "tokens", "answers that reason"),
         rows,
-        f"RL {'; '.join(sentences)}. Without the reward RL changes the share that the cold start had by {points(drift)}: "
-        f"the two languages are equally good at counting here, so right answers alone prefer neither.",
+        f"{'. '.join(sentences)}. Without the reward RL changes the share that the cold start had by {points(drift)}"
+        f"{drifted(drift)}.",
     )
+
+
+def drifted(change: Estimate) -> str:
+    """What the change of a language's share in RL without the reward says."""
+    if change.high < 0:
+        return ": mixing grows, as in the paper"
+    if change.low > 0:
+        return ": mixing does not grow here, unlike in the paper"
+    return ": mixing neither grows nor shrinks, because a right count earns the same in either language"
 
 
 def common(first: Answers, second: Answers) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
@@ -226,8 +238,13 @@ def verdict(difference: Estimate) -> str:
     return "does not hold" if difference.high < 0 else f"cannot be told from {difference.n} problems"
 
 
+def claim(text: str, difference: Estimate, unit: Callable[[Estimate], str] | None = None) -> str:
+    """A claim, whether it holds, and by how much."""
+    return f"{text}: {verdict(difference)} ({(unit or points)(difference)})"
+
+
 def negative(difference: Estimate) -> Estimate:
-    return Estimate(-difference.value, -difference.high, -difference.low, difference.n)
+    return Estimate(0.0 - difference.value, 0.0 - difference.high, 0.0 - difference.low, difference.n)
 
 
 def share(found: Estimate | None) -> str:
