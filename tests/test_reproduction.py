@@ -35,6 +35,10 @@ EVALUATIONS: dict[str, dict[str, tuple[int, list[str]]]] = {
     "sft_direct_evaluation": {"eval": (3, [DIRECT] * 8)},
     "student_rl": {"before": (1, [MIXED] * 8), "after": (4, [MIXED] * 8)},
     "student_sft_evaluation": {"eval": (8, [ZH] * 8)},
+    "student_rl_seed_1": {"after": (6, [MIXED] * 8)},
+    "student_sft_seed_1_evaluation": {"eval": (8, [ZH] * 8)},
+    "student_rl_seed_2": {"after": (8, [MIXED] * 8)},
+    "student_sft_seed_2_evaluation": {"eval": (8, [ZH] * 8)},
 }
 
 
@@ -78,6 +82,7 @@ def run_dir(tmp_path: Path) -> Path:
         lines = [
             {
                 "step": step,
+                "time/step": 3.0,
                 "groups/with_signal": 0.5,
                 "completion/length_mean": 10.0 * step,
                 "reward/accuracy/mean": 0.5,
@@ -90,6 +95,7 @@ def run_dir(tmp_path: Path) -> Path:
             table = pa.Table.from_pylist([{"prompt": "e:aee几?", "length": 8}] * 10)
             pq.write_table(table, run / name / "samples" / f"step-{step:06d}.parquet")
     training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_length": 16}
+    (run / "student_sft/metrics.jsonl").write_text(json.dumps({"step": 2, "seconds": 5.0}))
     (run / "student_sft/recipe.yaml").write_text(yaml.safe_dump({"training": training}))
     teacher = {"teacher": {"model": {"model_name_or_path": str(run / "reasoning_rl/checkpoints/latest")}}}
     (run / "rejection/recipe.yaml").write_text(yaml.safe_dump(teacher))
@@ -145,6 +151,7 @@ def test_compute_by_hand(run_dir: Path) -> None:
     # twice forward to score and three times forward to train.
     assert runs.rl_compute(run_dir / "zero").flops == 2 * active * 2 * 180 * (1 + 0.5 * 5)
     assert runs.sft_compute(run_dir / "student_sft").flops == 6 * active * 2 * 8 * 16
+    assert (runs.rl_compute(run_dir / "zero").seconds, runs.sft_compute(run_dir / "student_sft").seconds) == (6.0, 5.0)
     assert runs.teacher_compute(run_dir / "rejection").flops == 2 * active * 1000
 
 
@@ -153,7 +160,8 @@ def test_sentences_follow_from_the_figures(run_dir: Path) -> None:
     assert "RL alone raises accuracy: holds (+75.0 points" in zero.sentence
     assert "as many steps of RL: cannot be told from 8 problems (+0.0 points [+0.0, +0.0])" in zero.sentence
     assert "of its words 100.0% [100.0, 100.0] are in the question's language, of R1-Zero's 66.7%" in zero.sentence
-    assert "Distillation beats RL: holds (+50.0 points" in student.sentence
+    assert "Distillation beats RL: holds (+25.0 points [" in student.sentence
+    assert "], by seed +50.0, +25.0, +0.0, with" in student.sentence.replace(")", "")
     assert [row[0] for row in student.rows][-1] == "its teacher" and student.rows[-1][-1] == ""
     assert "raises accuracy: holds (+62.5 points" in reasoning.sentence and "2.50 times" in reasoning.sentence
     assert [row[1] for row in rejection.rows] == ["100", "80", "75", "60", "40"]

@@ -122,7 +122,7 @@ class Compute:
     """What a training took."""
 
     flops: float  # of matrix products: 2 for a parameter and token forward, 4 more backward
-    seconds: float  # of the stage, start-up and evaluations included
+    seconds: float  # of RL and SFT without start-up and evaluations, of sampling with them
 
 
 def active_parameters(checkpoint: Path) -> int:
@@ -151,12 +151,13 @@ def rl_compute(directory: Path) -> Compute:
 
     parameters = active_parameters(directory / "checkpoints" / "latest")
     flops = 0.0
-    for line in metrics(directory):
+    lines = metrics(directory)
+    for line in lines:
         table = pq.read_table(directory / "samples" / f"step-{line['step']:06d}.parquet", columns=["prompt", "length"])
         tokens = sum(table["length"].to_pylist()) + sum(prompt_tokens(text) for text in table["prompt"].to_pylist())
         trained = tokens * line["groups/with_signal"]  # the other groups are dropped before the learner sees them
         flops += 2 * parameters * (tokens + (2 + 3) * trained)
-    return Compute(flops, read_json(directory / "summary.json")["seconds"])
+    return Compute(flops, sum(line["time/step"] for line in lines))
 
 
 def sft_compute(directory: Path) -> Compute:
@@ -164,10 +165,10 @@ def sft_compute(directory: Path) -> Compute:
     import yaml
 
     training = yaml.safe_load((directory / "recipe.yaml").read_text())["training"]
-    summary = read_json(directory / "summary.json")
     rows = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
-    tokens = summary["steps"] * rows * training["max_length"]
-    return Compute(6 * active_parameters(directory / "checkpoints" / "latest") * tokens, summary["seconds"])
+    tokens = read_json(directory / "summary.json")["steps"] * rows * training["max_length"]
+    flops = 6 * active_parameters(directory / "checkpoints" / "latest") * tokens
+    return Compute(flops, metrics(directory)[-1]["seconds"])
 
 
 def teacher_compute(directory: Path) -> Compute:

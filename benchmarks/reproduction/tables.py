@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,18 +71,29 @@ def zero(run_dir: Path) -> Table:
 
 
 def student(run_dir: Path) -> Table:
-    base = Answers.of(run_dir / "student_rl", "before")
-    rl = Answers.of(run_dir / "student_rl", "after")
-    distilled = Answers.of(run_dir / "student_sft_evaluation", "eval")
-    teacher = Answers.of(run_dir / "reasoning_rl", "after")
+    seeds = student_seeds(run_dir)
+    by_rl = {seed: run_dir / f"student_rl{suffix}" for seed, suffix in seeds.items()}
+    by_sft = {seed: run_dir / f"student_sft{suffix}_evaluation" for seed, suffix in seeds.items()}
+    rl = {seed: Answers.of(directory, "after") for seed, directory in by_rl.items()}
+    distilled = {seed: Answers.of(directory, "eval") for seed, directory in by_sft.items()}
+    all_rl, all_distilled = together(rl.values()), together(distilled.values())
+    base, teacher = Answers.of(run_dir / "student_rl", "before"), Answers.of(run_dir / "reasoning_rl", "after")
     rl_cost = rl_compute(run_dir / "student_rl")
     sft, sampling = sft_compute(run_dir / "student_sft"), teacher_compute(run_dir / "rejection")
     sft_cost = Compute(sft.flops + sampling.flops, sft.seconds + sampling.seconds)
-    lead = paired_difference(rl.scores, distilled.scores)
+    lead = paired_difference(all_rl.scores, all_distilled.scores)
+    each = [paired_difference(rl[seed].scores, distilled[seed].scores) for seed in seeds]
     rows = [
         ("smaller base", base, greedy(run_dir / "student_rl", "before"), None),
-        ("smaller base + RL", rl, greedy(run_dir / "student_rl", "after"), rl_cost),
-        ("smaller base + distillation", distilled, greedy(run_dir / "student_sft_evaluation", "eval"), sft_cost),
+        *((f"+ RL, seed {seed}", rl[seed], greedy(by_rl[seed], "after"), None) for seed in seeds),
+        ("+ RL, all seeds", all_rl, together(greedy(path, "after") for path in by_rl.values()), rl_cost),
+        *((f"+ distillation, seed {seed}", distilled[seed], greedy(by_sft[seed], "eval"), None) for seed in seeds),
+        (
+            "+ distillation, all seeds",
+            all_distilled,
+            together(greedy(path, "eval") for path in by_sft.values()),
+            sft_cost,
+        ),
         ("its teacher", teacher, greedy(run_dir / "reasoning_rl", "after"), None),
     ]
     return Table(
@@ -102,12 +113,24 @@ def student(run_dir: Path) -> Table:
             )
             for name, answers, once, cost in rows
         ],
-        f"{claim('Distillation beats RL', lead)}, with {sft_cost.flops / rl_cost.flops:.2f} times the "
-        f"compute and {sft_cost.seconds / rl_cost.seconds:.2f} times the seconds of RL, the teacher's sampling included, its "
-        f"training not. RL took the share of answers that reason from {plain(base.worked_share)} to {plain(rl.worked_share)} "
-        f"and how often those are right from {share(base.accuracy_where(True))} to {share(rl.accuracy_where(True))}; "
-        f"distillation took them to {plain(distilled.worked_share)} and {share(distilled.accuracy_where(True))}.",
+        f"{claim('Distillation beats RL', lead)}, by seed {', '.join(f'{100 * found.value:+.1f}' for found in each)}, with "
+        f"{sft_cost.flops / rl_cost.flops:.2f} times the compute of RL and {sft_cost.seconds / rl_cost.seconds:.2f} times its "
+        f"seconds, the teacher's sampling included, its training not. RL took the share of answers that reason from "
+        f"{plain(base.worked_share)} to {plain(all_rl.worked_share)} and how often those are right from "
+        f"{share(base.accuracy_where(True))} to {share(all_rl.accuracy_where(True))}; distillation took them to "
+        f"{plain(all_distilled.worked_share)} and {share(all_distilled.accuracy_where(True))}.",
     )
+
+
+def student_seeds(run_dir: Path) -> dict[int, str]:
+    """The seeds with which the student was trained, and what the names of their stages have after them."""
+    known = {0: "", **{seed: f"_seed_{seed}" for seed in range(1, 10)}}
+    return {seed: suffix for seed, suffix in known.items() if (run_dir / f"student_rl{suffix}").exists()}
+
+
+def together(found: Iterable[Answers]) -> Answers:
+    """Answers of several policies to the same problems; intervals still draw problems, so they do not cover the seeds."""
+    return Answers([row for answers in found for row in answers.rows])
 
 
 def distilled_reasoning(run_dir: Path) -> Table:
