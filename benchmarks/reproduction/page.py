@@ -14,7 +14,7 @@ INTRODUCTION = """# DeepSeek-R1 in miniature, measured
 `make reproduce` runs `recipes/tiny/r1.yaml` and writes this page: R1's stages (cold start, reasoning RL, rejection sampling,
 SFT, RL for all scenarios), R1-Zero, and what the papers compare them with, on tiny DeepSeek-V3 policies that count letters.
 Each question is asked in Chinese or in Korean, and reasoning is to be in the same language. Base models are trained from
-random weights on answers of which most are direct and often careless and a quarter is worked out, in mixed languages.
+random weights on answers of which most are direct and often careless and a third is worked out, in mixed languages.
 
 {machine}
 
