@@ -177,7 +177,7 @@ def test_bilingual_solutions_are_in_the_language_of_the_question_and_mixed_ones_
     assert set(languages) == {"zh", "ko"} and min(languages.values()) > 120
     assert set(shares("bilingual_counting")) == {1.0}
     mixed = shares("mixed_counting")
-    assert 0.4 < sum(mixed) / len(mixed) < 0.6
+    assert 0.55 < sum(mixed) / len(mixed) < 0.7  # a half, and a quarter that decays by 0.8 a step: 0.63 to 0.65
     assert 0.35 < sum(0 < value < 1 for value in mixed) / len(mixed) < 0.6  # 1 - 0.9 ** (5 to 7 places to change at)
 
 

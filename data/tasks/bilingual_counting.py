@@ -5,8 +5,8 @@ letter with the count so far, in numerals of the question's language: "s零l零e
 languages have a script of their own, so `rewards.language_consistency` judges each numeral exactly; a problem's language
 is in its metadata, where that reward looks for it.
 
-`mixed_counting` asks the same questions, and its worked solutions are in no language for long, as in text that nobody wrote
-for the question: "s零l零e일e이".
+`mixed_counting` asks the same questions, and its worked solutions are in no language for long: most begin in that of the
+question, and each step may change it: "s零l零e일e이".
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from data.tasks.letter_counting import LENGTHS, LETTERS
 
 NUMERALS = {"zh": "零一二三四五六七八九十", "ko": "영일이삼사오육칠팔구십"}  # ISO 639 code -> 0..10
 HOW_MANY = {"zh": "几", "ko": "몇"}
+ASKED = 0.75  # mixed_counting: how likely the first step is in the language of the question
 SWITCH = 0.1  # mixed_counting: how likely the language changes from one step to the next
 
 
@@ -81,8 +82,9 @@ class MixedCounting(BilingualCounting):
     name = "mixed_counting"
 
     def languages(self, language: str, length: int, rng: random.Random) -> list[str]:
-        """Any language at first, and after each step another one with probability `SWITCH`."""
-        spoken = [rng.choice(list(NUMERALS))]
+        """Mostly the question's language at first, and after each step another one with probability `SWITCH`."""
+        others = [code for code in NUMERALS if code != language]
+        spoken = [language if rng.random() < ASKED else rng.choice(others)]
         while len(spoken) < length:
             others = [code for code in NUMERALS if code != spoken[-1]]
             spoken.append(rng.choice(others) if rng.random() < SWITCH else spoken[-1])
