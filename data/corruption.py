@@ -14,7 +14,6 @@ refused by a verifier that sees the final answer alone; `step`, `skipped` and `s
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -77,7 +76,7 @@ def corrupt(kind: Corruption, solution: Solution, family: TaskFamily, other: Sol
     if kind == "skipped":
         del steps[place]
     else:
-        steps[place] = re.sub(r"-?\d+$", lambda found: other_number(found[0], rng), steps[place])
+        steps[place] = family.with_result(steps[place], lambda number: other_number(number, rng))
     return format_answer(family.join(steps), solution.answer)
 
 

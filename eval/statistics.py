@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -248,6 +248,22 @@ def compare_paired(
         worse,
         test,
     )
+
+
+def paired_difference(first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]) -> Estimate:
+    """Second less first, on the same problems, with the interval of `bootstrap`.
+
+    Args:
+        first, second: problem id -> values of its samples; scores of two policies, for example.
+
+    Raises:
+        ValueError: the problems are not the same ones.
+    """
+    if set(first) != set(second):
+        raise ValueError(
+            f"a paired difference needs the same problems on both sides, got {len(first)} and {len(second)}"
+        )
+    return bootstrap([[statistics.fmean(second[name]) - statistics.fmean(first[name])] for name in sorted(first)])
 
 
 def _sign_flips(differences: Sequence[float]) -> tuple[float, str]:

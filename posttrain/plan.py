@@ -37,7 +37,7 @@ from posttrain.recipe import (
 from posttrain.recipe_file import stage_recipe
 from posttrain.sections import OptimizerSection, TrainerSection
 
-TINY_VOCABULARY = 107  # tokens of data.chat.build_tokenizer, which a built policy uses
+TINY_VOCABULARY = 107  # tokens of data.chat.build_tokenizer, which a built policy uses, without extra characters
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -164,7 +164,7 @@ def _header(file: Path) -> dict[str, Any]:
 
 def _parameters(model: ModelSection) -> int | None:
     if model.build is not None:
-        return parameter_count(model.build, TINY_VOCABULARY)
+        return parameter_count(model.build, TINY_VOCABULARY + len(model.extra_characters))
     assert model.model_name_or_path is not None
     known = ARCHITECTURES.get(model.model_name_or_path)
     if known is not None and not Path(model.model_name_or_path).exists():

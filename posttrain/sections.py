@@ -104,6 +104,7 @@ class ModelSection(Section):
 
     model_name_or_path: str | None = None
     build: BuildSection | None = None
+    extra_characters: str = ""  # build: characters beyond printable ASCII that its tokenizer knows, each a token
     dtype: Literal["float32", "bfloat16"] = "float32"
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     experts_implementation: Literal["eager", "grouped_mm", "batched_mm"] = "grouped_mm"
@@ -113,6 +114,19 @@ class ModelSection(Section):
     def _exactly_one_origin(self) -> ModelSection:
         if (self.model_name_or_path is None) == (self.build is None):
             raise ValueError("give exactly one of model_name_or_path (a checkpoint) and build (a new tiny model)")
+        return self
+
+    @model_validator(mode="after")
+    def _characters_are_new(self) -> ModelSection:
+        characters = self.extra_characters
+        if characters and self.build is None:
+            raise ValueError("extra_characters has no meaning without build: a checkpoint has its tokenizer; remove it")
+        known = next((c for c in characters if c.isascii() or characters.count(c) > 1), None)
+        if known is not None:
+            raise ValueError(
+                f"extra_characters={characters!r}: {known!r} is ASCII, which every built policy knows, or there twice; "
+                f"remove it"
+            )
         return self
 
 
@@ -132,7 +146,7 @@ def require_checkpoint(model: ModelSection, stage: str) -> None:
 class DatasetSection(Section):
     """A source of records: a generated task family (`task`) or a file or hub name read with `datasets` (`path`)."""
 
-    task: str | None = None  # chain_sum, products, letter_counting
+    task: str | None = None  # chain_sum, products, letter_counting, bilingual_counting, mixed_counting
     levels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
     size: PositiveInt | None = None  # records; for `path`, None takes all
     worked_fraction: Fraction = 1.0  # SFT: share of the records with a worked solution that are trained with it

@@ -75,7 +75,7 @@ def starting_checkpoint(recipe: SftRecipe, run_dir: RunDir, ranks: PartialState)
         return Path(str(recipe.model.model_name_or_path))
     built = run_dir.checkpoints / "step-0"
     if ranks.is_main_process and built not in checkpoint.whole(run_dir.checkpoints):
-        tokenizer = build_tokenizer()
+        tokenizer = build_tokenizer(recipe.model.extra_characters)
         policy = build_policy(recipe.model.build.model_dump(), tokenizer, recipe.seed)
         checkpoint.save(run_dir.checkpoints, 0, lambda path: save_policy(policy, tokenizer, path), {}, keep=1)
     ranks.wait_for_everyone()

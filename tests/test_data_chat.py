@@ -41,7 +41,8 @@ def test_unknown_characters_become_one_unk_each(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("name", task_names())
-def test_task_texts_survive_the_round_trip(tokenizer: Any, name: str) -> None:
+def test_task_texts_survive_the_round_trip(name: str) -> None:
+    tokenizer = build_tokenizer(get_task(name).characters)
     for level in get_task(name).levels:
         for item in get_task(name).items(level, "train", 50):
             for text in (item.prompt, format_answer(item.worked, item.answer), format_answer(None, item.answer)):
@@ -49,6 +50,17 @@ def test_task_texts_survive_the_round_trip(tokenizer: Any, name: str) -> None:
                 assert tokenizer.unk_token_id not in ids
                 assert tokenizer.decode(ids, skip_special_tokens=True) == text
                 assert tokenizer.decode(ids) == text
+
+
+def test_extra_characters_are_a_token_each_and_change_no_other() -> None:
+    plain, extended = build_tokenizer(), build_tokenizer("零몇")
+    assert len(extended) == len(plain) + 2
+    assert extended.tokenize("e零몇?") == ["e", "零", "몇", "?"]
+    assert plain.tokenize("e零몇?") == ["e", "<unk>", "<unk>", "?"]
+    assert plain.get_vocab().items() <= extended.get_vocab().items()
+    for wrong in ("零零", "e"):
+        with pytest.raises(ValueError, match="has a character twice"):
+            build_tokenizer(wrong)
 
 
 def test_odd_spacing_survives_the_round_trip(tokenizer: Any) -> None:

@@ -26,7 +26,13 @@ FORMS = {
     ("letter_counting", 2): r"[aelps] in [aelps]{6,8}\?",
     ("letter_counting", 3): r"[aelps] in [aelps]{9,11}\?",
     ("letter_counting", 4): r"[aelps] in [aelps]{12,14}\?",
+    **{
+        (name, level): rf"[aelps]:[aelps]{{{3 * level},{3 * level + 2}}}[几몇]\?"
+        for name in ("bilingual_counting", "mixed_counting")
+        for level in (1, 2, 3, 4)
+    },
 }
+COUNTING = ("letter_counting", "bilingual_counting", "mixed_counting")
 
 
 def train_items(name: str, level: int, size: int = 300) -> list[TaskItem]:
@@ -85,7 +91,7 @@ def test_the_split_rule_is_fixed() -> None:
     assert 0.09 < share < 0.11
 
 
-@pytest.mark.parametrize(("name", "level"), [case for case in CASES if case[0] != "letter_counting"])
+@pytest.mark.parametrize(("name", "level"), [case for case in CASES if case[0] not in COUNTING])
 def test_every_step_of_the_arithmetic_is_right_and_leads_to_the_answer(name: str, level: int) -> None:
     for item in train_items(name, level):
         steps = [step.split("=") for step in item.worked.split(",")]
@@ -142,6 +148,52 @@ def test_letter_counts_lead_to_the_answer(level: int) -> None:
         assert item.answer == str(Counter(word)[letter])
 
 
+@pytest.mark.parametrize("level", get_task("bilingual_counting").levels)
+@pytest.mark.parametrize("name", ["bilingual_counting", "mixed_counting"])
+def test_spelled_counts_lead_to_the_answer(name: str, level: int) -> None:
+    """Read with a table of its own: the numerals of both languages from 0 to 19."""
+    units = {"zh": "零一二三四五六七八九", "ko": "영일이삼사오육칠팔구"}
+    ten = {"zh": "十", "ko": "십"}
+    read = {digits[n]: n for digits in units.values() for n in range(10)}
+    read |= {ten[code] + (digits[n] if n else ""): 10 + n for code, digits in units.items() for n in range(10)}
+    for item in train_items(name, level):
+        letter, word = re.fullmatch(r"(.):([a-z]+).\?", item.prompt).groups()  # type: ignore[union-attr]
+        steps = re.findall(r"([a-z])([^a-z]+)", item.worked)
+        assert "".join(character for character, _ in steps) == word
+        assert [read[count] for _, count in steps] == [Counter(word[: n + 1])[letter] for n in range(len(word))]
+        assert item.answer == str(Counter(word)[letter])
+
+
+def test_bilingual_solutions_are_in_the_language_of_the_question_and_mixed_ones_are_not() -> None:
+    from rewards.language_consistency import score
+
+    def shares(name: str) -> list[float]:
+        return [
+            score(f"<think>{item.worked}</think>", None, item.metadata["language"]).score
+            for item in train_items(name, 2)
+        ]
+
+    languages = Counter(item.metadata["language"] for item in train_items("bilingual_counting", 2))
+    assert set(languages) == {"zh", "ko"} and min(languages.values()) > 120
+    assert set(shares("bilingual_counting")) == {1.0}
+    mixed = shares("mixed_counting")
+    assert 0.55 < sum(mixed) / len(mixed) < 0.7  # a half, and a quarter that decays by 0.8 a step: 0.63 to 0.65
+    assert 0.35 < sum(0 < value < 1 for value in mixed) / len(mixed) < 0.6  # 1 - 0.9 ** (5 to 7 places to change at)
+
+
+def test_a_bilingual_problem_by_hand() -> None:
+    from data.tasks.bilingual_counting import language_of, numeral, question, spelled_counts, value
+
+    assert question("e", "see", "ko") == "e:see몇?"
+    assert spelled_counts("e", "see", ["zh", "zh", "ko"]) == "s零e一e이"
+    assert spelled_counts("e", "see", ["ko"] * 3, misjudged=0) == "s일e이e삼"
+    assert [numeral(count, "zh") for count in (0, 10, 11, 14)] == ["零", "十", "十一", "十四"]
+    assert [value(numeral(count, "ko")) for count in range(20)] == list(range(20))
+    assert (language_of("e:see几?"), language_of("e:see몇?")) == ("zh", "ko")
+    with pytest.raises(ValueError, match="'e in see\\?' is not a question of bilingual_counting"):
+        language_of("e in see?")
+
+
 @pytest.mark.parametrize(("name", "level"), CASES)
 def test_the_reference_scores_one_and_others_do_not(name: str, level: int) -> None:
     family = get_task(name)
@@ -190,7 +242,10 @@ def test_training_sets_may_be_larger_than_the_space() -> None:
 
 
 def test_errors_name_what_is_allowed() -> None:
-    with pytest.raises(ValueError, match="unknown task 'sums'; the tasks are chain_sum, products, letter_counting"):
+    with pytest.raises(
+        ValueError,
+        match="unknown task 'sums'; the tasks are chain_sum, products, letter_counting, bilingual_c",
+    ):
         get_task("sums")
     with pytest.raises(ValueError, match=r"no level 9; its levels are \[1, 2, 3, 4\]"):
         get_task("chain_sum").item(9, "train", 0)

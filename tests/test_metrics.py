@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eval.report import write_report
-from eval.statistics import estimate
+from eval.statistics import bootstrap, estimate, paired_difference
 from eval.suite import evaluate
 from posttrain import checkpoint
 from posttrain.errors import RunStopped
@@ -66,6 +66,26 @@ def test_samples_of_one_problem_are_not_independent() -> None:
     assert found.high - 0.5 == 0.5 - found.low == pytest.approx(0.439173, abs=1e-5)
     with pytest.raises(ValueError, match="at least one problem"):
         estimate([])
+
+
+def test_a_bootstrap_draws_problems_and_agrees_with_the_normal_interval() -> None:
+    # Means 1 and 3 half each: standard error 1 / sqrt(400).
+    found = bootstrap([[0.0, 2.0], [3.0]] * 200)
+    assert (found.value, found.n) == (2.0, 400)
+    assert (found.low, found.high) == pytest.approx((2 - 1.96 / 20, 2 + 1.96 / 20), abs=0.01)
+    assert found == bootstrap([[0.0, 2.0], [3.0]] * 200)
+    with pytest.raises(ValueError, match="at least one problem"):
+        bootstrap([[1.0], []])
+
+
+def test_a_paired_difference_forgets_what_the_problems_have_in_common() -> None:
+    first = {str(n): [float(n)] for n in range(100)}
+    second = {name: [values[0] + (2 if int(name) % 2 else 0)] for name, values in reversed(first.items())}
+    found = paired_difference(first, second)
+    assert found.value == 1.0 and found.n == 100
+    assert (found.low, found.high) == pytest.approx((1 - 0.196, 1 + 0.196), abs=0.02)  # the problems differ by up to 99
+    with pytest.raises(ValueError, match="the same problems"):
+        paired_difference(first, {"0": [1.0]})
 
 
 PROMPT = Prompt("p/1", ({"role": "user", "content": "<b>2+2</b>="},), (1, 2), "4", {"task": "chain_sum", "level": 1})

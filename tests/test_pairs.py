@@ -12,7 +12,7 @@ import pytest
 
 from data.corruption import CORRUPTIONS, Solution, corrupt, other_number
 from data.pairs import Pair, file_pairs, parse_pair, task_pairs
-from data.tasks import get_task, split_of
+from data.tasks import TaskFamily, get_task, split_of
 from posttrain.reward_model_recipe import CorruptionName
 from rewards.extract import final_answer
 from rewards.task_answer import score
@@ -24,7 +24,7 @@ def text(pair: Pair, side: str) -> str:
     return str(getattr(pair, side)[-1]["content"])
 
 
-@pytest.mark.parametrize("task", ["letter_counting", "chain_sum", "products"])
+@pytest.mark.parametrize("task", ["letter_counting", "chain_sum", "products", "bilingual_counting"])
 @pytest.mark.parametrize("worked_fraction", [1.0, 0.5])
 def test_every_corruption_is_what_its_name_says(task: str, worked_fraction: float) -> None:
     pairs = task_pairs(task, [2], "train", 300, seed=0, worked_fraction=worked_fraction)
@@ -47,30 +47,49 @@ def test_every_corruption_is_what_its_name_says(task: str, worked_fraction: floa
         expected = {
             "answer": before == after,
             "step": len(before) == len(after) and changed == 1,
-            "carried": len(before) == len(after) and changed >= 1 and final_answer(rejected) in after[-1],
+            "carried": len(before) == len(after)
+            and changed >= 1
+            and result(family, after[-1]) == final_answer(rejected),
             "skipped": len(after) == len(before) - 1,
             "swapped": before != after,
         }
         assert expected[pair.kind], (pair.kind, chosen, rejected)
 
 
+def result(family: TaskFamily, step: str) -> str:
+    """The number that a step comes to, in digits."""
+    read: list[str] = []
+    family.with_result(step, lambda number: read.append(number) or number)  # type: ignore[func-returns-value]
+    return read[0]
+
+
+def test_results_of_steps_are_read_and_changed_in_the_numerals_they_are_in() -> None:
+    bilingual = get_task("bilingual_counting")
+    assert (result(bilingual, "a十二"), result(bilingual, "s영")) == ("12", "0")
+    assert bilingual.with_result("a十二", lambda number: str(int(number) - 3)) == "a九"
+    assert bilingual.with_result("s영", lambda number: "11") == "s십일"
+    assert get_task("chain_sum").with_result("4-7=-3", lambda number: str(int(number) + 1)) == "4-7=-2"
+
+
 def test_slips_are_carried_to_the_end() -> None:
     rng = random.Random(0)
     letters = {get_task("letter_counting").slip("e in see?", rng) for _ in range(50)}
     assert letters == {("s1e2e3", "3"), ("s0e0e1", "1"), ("s0e1e1", "1")}
+    bilingual = {get_task("bilingual_counting").slip("e:see몇?", rng) for _ in range(50)}
+    assert bilingual == {("s일e이e삼", "3"), ("s영e영e일", "1"), ("s영e일e일", "1")}
     sums = {get_task("chain_sum").slip("4-1-7=", rng) for _ in range(99)}
     assert ("4-1=5,5-7=-2", "-2") in sums and ("4-1=3,3-7=-3", "-3") in sums and len(sums) == 8
     products = {get_task("products").slip("47*6=", rng) for _ in range(50)}
     assert products == {("40*6=246,7*6=42,246+42=288", "288"), ("40*6=240,7*6=48,240+48=288", "288")}
 
 
-@pytest.mark.parametrize("task", ["letter_counting", "chain_sum", "products"])
+@pytest.mark.parametrize("task", ["letter_counting", "chain_sum", "products", "bilingual_counting", "mixed_counting"])
 def test_steps_are_taken_apart_and_put_together(task: str) -> None:
     family = get_task(task)
     for item in family.items(2, "train", 50):
         steps = family.steps(item.worked)
         assert family.join(steps) == item.worked and len(steps) > 1
-        assert steps[-1].endswith(item.answer)
+        assert result(family, steps[-1]) == item.answer
 
 
 def test_pairs_are_the_same_each_time_and_held_out_ones_are_others() -> None:

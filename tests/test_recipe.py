@@ -114,6 +114,13 @@ MALFORMED_OVERRIDES = [
     ("seed=[1", "seed", "quote it"),
     ("model={build: {n_routed_experts: 8, n_group: 3}}", "model.build", "set n_group to a divisor"),
     ("model={build: {num_experts_per_tok: 6}}", "model.build", "lower num_experts_per_tok"),
+    ("model.extra_characters=零", "model", "a checkpoint has its tokenizer; remove it"),
+    (
+        "model={build: {}, extra_characters: 零零}",
+        "model",
+        "'零' is ASCII, which every built policy knows, or there twice",
+    ),
+    ("model={build: {}, extra_characters: 零e}", "model", "'e' is ASCII"),
 ]
 
 # file content, words that must be in the message
@@ -322,7 +329,7 @@ def test_dry_run_spells_out_the_batch(capsys: pytest.CaptureFixture[str], tmp_pa
 def test_the_plan_counts_parameters_as_torch_does() -> None:
     from data.chat import build_tokenizer
     from posttrain.model.load import build_policy
-    from posttrain.plan import TINY_VOCABULARY, parameter_count
+    from posttrain.plan import TINY_VOCABULARY, _parameters, parameter_count
 
     recipe = load_recipe(ROOT / "recipes/tiny/sft.yaml")
     assert isinstance(recipe, SftRecipe) and recipe.model.build is not None
@@ -332,6 +339,8 @@ def test_the_plan_counts_parameters_as_torch_does() -> None:
         build = recipe.model.build.model_copy(update=change)
         policy = build_policy(build.model_dump(), tokenizer, seed=0)
         assert parameter_count(build, len(tokenizer)) == sum(p.numel() for p in policy.parameters())
+    more = recipe.model.model_copy(update={"extra_characters": "零一"})
+    assert _parameters(more) == _parameters(recipe.model) + 2 * 2 * recipe.model.build.hidden_size
 
 
 def test_every_key_is_explained_where_its_section_is() -> None:

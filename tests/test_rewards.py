@@ -106,7 +106,7 @@ def test_last_boxed(text: str, expected: str | None) -> None:
 # ---- each reward's judgement
 
 
-@pytest.mark.parametrize("task", ["chain_sum", "products", "letter_counting"])
+@pytest.mark.parametrize("task", ["chain_sum", "products", "letter_counting", "bilingual_counting"])
 def test_task_answer_gives_worked_and_direct_references_full_score(task: str) -> None:
     reward = RewardFunction("accuracy", "rewards.task_answer:score")
     for record in task_records(task, [1, 2, 3], "train", 60, seed=0):

@@ -3,19 +3,22 @@
     get_task("chain_sum").item(level=2, split="train", index=17)
     -> TaskItem(prompt="1-3+0-8=", answer="-10", worked="1-3=-2,-2+0=-2,-2-8=-10", ...)
 
-A new family is a file with a `TaskFamily` and a line in `_FAMILIES`.
+A new family is a file with a `TaskFamily` and an entry in `_FAMILIES`.
 """
 
 from __future__ import annotations
 
 from data.tasks.base import Split, TaskFamily, TaskItem, split_of
+from data.tasks.bilingual_counting import BilingualCounting, MixedCounting
 from data.tasks.chain_sum import ChainSum
 from data.tasks.letter_counting import LetterCounting
 from data.tasks.products import Products
 
 __all__ = ["Split", "TaskFamily", "TaskItem", "get_task", "split_of", "task_names"]
 
-_FAMILIES: dict[str, TaskFamily] = {family.name: family for family in (ChainSum(), Products(), LetterCounting())}
+_FAMILIES: dict[str, TaskFamily] = {
+    family.name: family for family in (ChainSum(), Products(), LetterCounting(), BilingualCounting(), MixedCounting())
+}
 
 
 def task_names() -> tuple[str, ...]:

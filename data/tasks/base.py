@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, get_args
@@ -46,6 +47,7 @@ class TaskFamily(ABC):
 
     name: str
     levels: tuple[int, ...]
+    characters: str = ""  # of its texts, beyond printable ASCII: `model.extra_characters` of a policy built for it
 
     @abstractmethod
     def draw(self, level: int, number: int) -> TaskItem:
@@ -73,6 +75,10 @@ class TaskFamily(ABC):
     @abstractmethod
     def join(self, steps: Sequence[str]) -> str:
         """The inverse of `steps`."""
+
+    def with_result(self, step: str, change: Callable[[str], str]) -> str:
+        """A step with another result: `change` is given the number in digits and returns the one to write instead."""
+        return re.sub(r"-?\d+$", lambda found: change(found[0]), step)
 
     @abstractmethod
     def slip(self, prompt: str, rng: random.Random) -> tuple[str, str]:
