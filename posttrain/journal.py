@@ -33,6 +33,7 @@ class Journal:
         self.path = path
         self._key = key
         self._index: dict[str, tuple[int, int]] = {}  # key -> offset and length of its line
+        self._end = 0  # of the last whole line
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, _line(header).decode())

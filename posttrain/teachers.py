@@ -124,7 +124,7 @@ class LocalTeacher:
     ) -> None:
         assert params.num_generations == 1 and params.seed is not None
         self.name, self.version = name, version
-        self.sampling = {
+        self.sampling: Mapping[str, Any] = {
             "max_completion_length": params.max_completion_length,
             "temperature": params.temperature,
             "top_p": params.top_p,
