@@ -1,13 +1,16 @@
-"""Post-training of mixture-of-experts language models: SFT and GRPO on TRL, accelerate, vLLM and Ray.
+"""Post-training of mixture-of-experts language models: SFT, GRPO and distillation on TRL, accelerate, vLLM and Ray.
 
 The rooms:
 
-    stages          sft.py, reward_model.py, grpo.py, upcycle.py, pipeline.py: each file is its stage's
+    stages          sft.py, reward_model.py, grpo.py, distill.py, upcycle.py, pipeline.py: each file is its stage's
                     algorithm; cli.py is their command line
     description     recipe.py (the door), sections.py (what stages share), sft_recipe.py, reward_model_recipe.py,
-                    grpo_recipe.py, lora_section.py; recipe_file.py (YAML), plan.py (what it would do), records.py (its data)
+                    grpo_recipe.py with grpo_sections.py, distill_recipe.py, eval_recipe.py, lora_section.py;
+                    recipe_file.py (YAML), plan.py (what it would do), architectures.py (shapes of published models, for
+                    plans), records.py (its data)
     what flows      types.py: Prompt, Completion, Group, Sample, Microbatch, TrainBatch
-    mathematics     losses.py, policy_losses.py, balance_losses.py, advantages.py, packing.py: pure functions; algorithms.py
+    mathematics     losses.py, policy_losses.py, balance_losses.py, distillation_losses.py (a teacher's distribution),
+                    distillation.py (a teacher in the advantage), advantages.py, packing.py: pure functions; algorithms.py
                     (presets), objective.py (a recipe's loss), conformance.py (the same gradient for every layout)
     SFT             sft_data.py (chats to packed rows), preflight.py (a look before the first step), sft_trainer.py (losses,
                     checkpoints), sft_callbacks.py, sft_parts.py (puts them together)
@@ -17,11 +20,22 @@ The rooms:
     rewards         reward_setup.py, reward_pool.py (actors around rewards.warden), audit.py (a verifier beside the rewards)
     environments    environments.py (what one is), environment_pool.py and environment_process.py (a process for each episode),
                     episodes.py (turns to completions), episode_reward.py (their reward beside the others)
+    distillation    distill_setup.py, distill_job.py (answers and judgements as they come), teachers.py, endpoint_teacher.py,
+                    journal.py (what was paid for), selection.py (what is kept), distill_data.py, distill_output.py,
+                    data_card.py, distill_plan.py
+    pipelines       pipeline_graph.py (who needs whom), pipeline_plan.py (what would run, and why), stage_inputs.py,
+                    fingerprints.py (content hashes), stage_records.py (stage.json, what to do about a stage),
+                    stage_process.py, pipeline_progress.py (time left), lineage.py
+    evaluation      eval/: __main__.py (a run), benchmarks/ (one file each), benchmark_task.py, suite.py, grading.py, samplers.py,
+                    generations.py, statistics.py, compare.py, likelihood.py (lm-eval), contamination.py, published.py
+    looking         watch.py, watch_server.py (the report while a run goes on), watch_view.py (terminal); eval/report*.py and
+                    eval/page/ (the page), eval/plots.py
     engines         sampler.py with request_loop.py, vllm_extension.py, decoding.py (vLLM), learner.py (accelerate)
     the policy      model/: load, router, balance, mtp (multi-token prediction), lora, upcycle, policy_files, reward_head
     agreement       wire.py, weights.py (publication and its receipt), parity.py (sampler against learner, token by token)
     the cluster     cluster.py: the only file that imports ray; dispatch.py (prompts to samplers), threads.py
-    the run         grpo_job.py, rollout.py, checkpoint.py, run_dir.py, metrics.py, progress.py, interrupt.py
+    the run         grpo_job.py, rollout.py, checkpoint.py, run_dir.py, metrics.py, token_records.py (tokens that samples
+                    keep), router_log.py (loads of the experts), progress.py, interrupt.py
 
 One SFT step, as PolicyTrainer takes it:
 
