@@ -17,6 +17,7 @@ from benchmarks.reproduction.plots import draw_all
 from eval.statistics import Estimate
 from posttrain.recipe import PipelineRecipe
 from posttrain.recipe_file import load_recipe
+from posttrain.records import evaluation_records
 
 ROOT = Path(__file__).parent.parent
 DIRECT, ZH, KO, MIXED = "", "a零e一e二", "a영e일e이", "a零e일e二"
@@ -197,3 +198,15 @@ def test_the_page_has_everything(run_dir: Path, tmp_path: Path) -> None:
         assert path.read_text().startswith("<?xml") and path.stat().st_size < 100_000
     assert "2 CPU cores, no GPU" in text and "| student_rl | 30 |" in text
     assert markdown(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+
+
+TINY = sorted(path for room in ("r1", "v3_experts") for path in (ROOT / "recipes/tiny" / room).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", TINY, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_held_out_problems_of_the_recipes_exist(path: Path) -> None:
+    """Small levels have few of them, and a stage would say so only when it evaluates."""
+    section = getattr(load_recipe(path), "eval", None)
+    if section is not None:
+        asked = sum(dataset.size or 0 for dataset in section.datasets)
+        assert len(evaluation_records(section.datasets, section.seed)) == asked
