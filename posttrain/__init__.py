@@ -26,8 +26,9 @@ The rooms:
     pipelines       pipeline_graph.py (who needs whom), pipeline_plan.py (what would run, and why), stage_inputs.py,
                     fingerprints.py (content hashes), stage_records.py (stage.json, what to do about a stage),
                     stage_process.py, pipeline_progress.py (time left), lineage.py
-    evaluation      eval/: __main__.py (a run), benchmarks/ (one file each), benchmark_task.py, suite.py, grading.py, samplers.py,
-                    generations.py, statistics.py, compare.py, likelihood.py (lm-eval), contamination.py, published.py
+    evaluation      eval/: __main__.py (a run), benchmarks/ (one file each), benchmark_task.py, suite.py, grading.py,
+                    samplers.py, generations.py, statistics.py, compare.py, likelihood.py (lm-eval), contamination.py,
+                    published.py
     looking         watch.py, watch_server.py (the report while a run goes on), watch_view.py (terminal); eval/report*.py and
                     eval/page/ (the page), eval/plots.py
     engines         sampler.py with request_loop.py, vllm_extension.py, decoding.py (vLLM), learner.py (accelerate)
