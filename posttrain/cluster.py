@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -49,6 +50,15 @@ _CALLS_AT_ONCE = 8
 
 
 @contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM: `ray.init` puts one of its own in its place, which ends without saving."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
 def session(address: str | None, num_cpus: float) -> Iterator[None]:
     """A connection to Ray for the length of the block.
 
@@ -65,16 +75,17 @@ def session(address: str | None, num_cpus: float) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS")
     # Ray announces its token authentication as a warning; it is what we want.
     logging.getLogger("ray").setLevel(logging.ERROR)
-    if address:
-        ray.init(address=address, log_to_driver=False, logging_level="error")
-    else:
-        ray.init(
-            address="local",  # without it Ray would join any cluster that was ever started on this machine
-            num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.999)),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-        )
+    with _own_sigterm():
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level="error")
+        else:
+            ray.init(
+                address="local",  # without it Ray would join any cluster that was ever started on this machine
+                num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.999)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+            )
     try:
         available = ray.cluster_resources().get("CPU", 0)
         if available < num_cpus:

@@ -83,9 +83,11 @@ def metrics(directory: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def wait_for_step(out: Path, process: subprocess.Popen[str], timeout: float = 200) -> None:
+def wait_for_step(out: Path, process: subprocess.Popen[str], timeout: float = 200, after: int = 0) -> None:
+    """Wait until the process has logged a step, beyond the `after` lines that are there."""
     end = time.monotonic() + timeout
-    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+    file = out / "metrics.jsonl"
+    while not file.exists() or len(file.read_text().splitlines()) <= after:
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
         time.sleep(0.3)
 
