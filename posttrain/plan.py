@@ -218,7 +218,7 @@ def _sft_loss(recipe: SftRecipe) -> list[str]:
     lines = [f"loss        on {_LOSS_ON[recipe.training.loss_on]}"]
     if recipe.teacher is not None:
         teacher = recipe.teacher
-        kind = f"jsd (beta {teacher.beta:g})" if teacher.divergence == "jsd" else teacher.divergence
+        kind = f"jsd (beta {teacher.mixture:g})" if teacher.divergence == "jsd" else teacher.divergence
         events = "all tokens" if teacher.top_k is None else f"its {teacher.top_k} likeliest tokens and the rest"
         lines += [
             f"            {1 - teacher.weight:g} x cross-entropy + {teacher.weight:g} x {kind} to the teacher "

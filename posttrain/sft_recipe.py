@@ -103,14 +103,21 @@ class SftTeacherSection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the teacher's weights
     weight: Annotated[Number, Field(gt=0, le=1)] = 0.5  # of the divergence in the loss; the cross-entropy has the rest
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    beta: Annotated[Number, Field(gt=0, lt=1)] = 0.5  # jsd: near 0 like forward_kl, near 1 like reverse_kl
+    beta: Annotated[Number, Field(gt=0, lt=1)] | None = (
+        None  # jsd: near 0 like forward_kl, near 1 like reverse_kl; None: 0.5
+    )
     temperature: Positive = 1.0  # of both distributions
     top_k: PositiveInt | None = None  # the teacher's likeliest tokens and one event for all others; None: all tokens
     logits_chunk: PositiveInt = 1024  # positions whose logits are in memory together
 
+    @property
+    def mixture(self) -> float:
+        """The beta of `jsd`."""
+        return 0.5 if self.beta is None else self.beta
+
     @model_validator(mode="after")
     def _beta_counts(self) -> SftTeacherSection:
-        if self.divergence != "jsd" and "beta" in self.model_fields_set:
+        if self.divergence != "jsd" and self.beta is not None:
             raise ValueError(
                 f"beta={self.beta:g} has no meaning with divergence: {self.divergence}; set divergence: jsd, or remove it"
             )

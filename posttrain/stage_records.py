@@ -24,7 +24,7 @@ from posttrain.stage_inputs import Input
 Action = Literal["finished", "taken back", "resumed", "started", "started anew"]
 # A stage that trains resumes from a checkpoint, one of these from the books it keeps here. They serve a changed recipe as
 # well, as long as the change is in keys that say what becomes of what is in them: what was paid for is not paid for again.
-BOOKS = {"distill": Path("journal", "generations.jsonl")}
+BOOKS = {"distill": Path("journal", "generations.jsonl"), "eval": Path("generations")}
 AFTER_THE_BOOKS = {"distill": ("rewards", "rejection", "selection", "output", "report_to")}
 STALE = ".stale-"
 

@@ -229,8 +229,8 @@ def test_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [parquet(tmp_path / f"{n}.parquet", [f"{n}-{k}" for k in range(3)]) for n in range(2)]
     real = datasets.load_dataset
 
-    def local(path: str, name: str | None, *, split: str, streaming: bool) -> Any:
-        assert (path, name) == ("owner/name", "main")
+    def local(path: str, name: str | None, *, split: str, streaming: bool, revision: str | None) -> Any:
+        assert (path, name, revision) == ("owner/name", "main", None)
         cache = str(tmp_path / "cache")
         return real("parquet", data_files={"train": files}, split=split, streaming=streaming, cache_dir=cache)
 

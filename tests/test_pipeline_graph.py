@@ -388,6 +388,8 @@ def test_a_stage_cut_short_goes_on_where_there_is_something_to_go_on_from(home: 
     digests = Digests(home / "run")
     assert judge(stages["sft"], home / "run", digests).action == "resumed"
     assert judge(stages["eval"], home / "run", digests).action == "started"
+    (stages["eval"].directory / "generations").mkdir()  # answers, which an evaluation refuses to ignore
+    assert judge(stages["eval"], home / "run", digests).action == "resumed"
     shutil.rmtree(stages["grpo"].directory / "checkpoints")
     assert judge(stages["grpo"], home / "run", digests).action == "started"
 

@@ -115,7 +115,7 @@ class LogitTeacher:
                 teacher_CE,
                 tokens_CK,
                 kind=section.divergence,
-                beta=section.beta,
+                beta=section.mixture,
                 temperature=section.temperature,
             )
 
