@@ -81,6 +81,8 @@ class LogSteps(TrainerCallback):
             self._flush()
         self._pending = (state.global_step, {**self._pending[1], **metrics})
         self._progress.update(state.global_step, self._pending[1])
+        if "validation/loss" in metrics or not control.should_evaluate:
+            self._flush()  # before the step's checkpoint, from which a killed run goes on behind this line
 
     def on_train_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._flush()

@@ -59,7 +59,12 @@ class Visit:
 
 PAINTED = """() => Object.fromEntries(Report.curves.panels.map(({ plot, kind }) => {
   const canvas = plot.root.querySelector("canvas");
-  const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  // A copy: reading the page's own canvas again and again makes the browser complain.
+  const copy = document.createElement("canvas");
+  [copy.width, copy.height] = [canvas.width, canvas.height];
+  const context = copy.getContext("2d", { willReadFrequently: true });
+  context.drawImage(canvas, 0, 0);
+  const { data } = context.getImageData(0, 0, copy.width, copy.height);
   const colors = plot.series.slice(1).map((series) => series.stroke(plot, 1).match(/\\d+/g).slice(0, 3).map(Number));
   let count = 0;
   for (let place = 0; place < data.length; place += 4) {
