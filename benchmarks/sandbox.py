@@ -17,12 +17,17 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+# ruff: noqa: E402  # a file beside this one would hide the package `rewards`
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from rewards.sandbox import Limits, Pool, SandboxUnavailableError, Stdin, launch
 

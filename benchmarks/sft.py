@@ -16,6 +16,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +31,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
+
+# ruff: noqa: E402  # a file beside this one would hide the package `rewards`
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data.chat import build_tokenizer
 from posttrain import sft_parts
