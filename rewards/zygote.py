@@ -27,6 +27,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rewards.processes import children, descendants, is_zombie
+from rewards.worker import serve  # here, so that no worker has to import it
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MAX_SECONDS = 10.0  # to get rid of a tree of processes
@@ -102,8 +103,6 @@ def _fork(control: socket.socket, descriptor: int, function: Any, bounds: Bounds
         return pid
     code = 1
     try:
-        from rewards.worker import serve
-
         control.close()
         confine(bounds.memory_bytes)
         serve(Connection(descriptor), function, bounds.timeout_seconds)
