@@ -37,6 +37,7 @@ from posttrain.recipe import (
 )
 from posttrain.recipe_file import check_files, load_recipe, module_of, nearest, stage_recipe
 from posttrain.reward_setup import build_reward
+from posttrain.threads import SHORT_SPIN
 
 # Options beyond --dry-run that a stage takes; each becomes a keyword of its `run`.
 STAGE_OPTIONS = {
@@ -96,7 +97,7 @@ def run_stage(
     if dry_run:
         print(text)
         return 0
-    for name, value in QUIET.items():
+    for name, value in {**QUIET, **SHORT_SPIN}.items():  # before torch is imported
         os.environ.setdefault(name, value)
     try:
         with _sigterm_interrupts():
