@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import signal
 import sys
 import traceback
@@ -54,6 +55,7 @@ EXPLAINED = {
     "only": "run this stage and no other",
     "until": "run the stages up to this one",
 }
+LOOKING = ("preflight", "lineage")  # options with which a stage shows something and stops
 OPTIONS = ("--config", "--dry-run", *(f"--{name}" for name in (*STAGE_OPTIONS, *NAMING_OPTIONS)), "--help")
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -83,9 +85,23 @@ def run_stage(
 
     Returns:
         What `run(recipe, **options)` returns (None is 0); 2 for a recipe that cannot be run, 3 for a run that had to
-        stop, 130 when it was interrupted.
+        stop, 130 when it was interrupted. Where what is only looked at is piped to a program that ends early, such as
+        head, 0.
     """
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        try:
+            return _run_stage(stage, run, sys.argv[1:] if argv is None else list(argv), plan)
+        finally:
+            sys.stdout.flush()  # here and not while the interpreter ends, where nothing could be caught
+    except BrokenPipeError:
+        if not _reader_has_left():
+            raise
+        return 0
+
+
+def _run_stage(
+    stage: str, run: Callable[..., int | None], arguments: Sequence[str], plan: Callable[[Recipe], str]
+) -> int:
     try:
         source, overrides, dry_run, options = parse(stage, arguments)
         recipe = load_recipe(source, overrides, stage=stage)
@@ -100,7 +116,9 @@ def run_stage(
         os.environ.setdefault(name, value)
     try:
         with _sigterm_interrupts():
-            return run(recipe, **options) or 0
+            code = run(recipe, **options) or 0
+            sys.stdout.flush()
+            return code
     except RecipeError as error:
         return _end("error", error, 2)
     except RunStopped as error:
@@ -108,6 +126,27 @@ def run_stage(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if any(options.get(name) for name in LOOKING) or not _reader_has_left():
+            raise
+        goes_on = "--resume goes on" if "resume" in options else "the same command goes on or begins again"
+        return _end("stopped", RunStopped(f"the program that read the output has ended; {goes_on}"), 3)
+
+
+def _reader_has_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any longer. What is still to be written then goes nowhere."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a file
+        return False
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+    return True
 
 
 def _end(word: str, error: Exception, code: int) -> int:
@@ -304,7 +343,13 @@ def check_benchmarks(recipe: Recipe, source: str | Path) -> None:
             if section.method == "lm_eval":
                 check_likelihood(section, recipe.eval)
             else:
-                check(benchmark, section.path, has_judge=recipe.eval.judge is not None, sandbox=recipe.eval.sandbox)
+                check(
+                    benchmark,
+                    section.path,
+                    has_judge=recipe.eval.judge is not None,
+                    sandbox=recipe.eval.sandbox,
+                    languages=section.languages,
+                )
         except ValueError as error:
             raise RecipeError(f"{source}: eval.benchmarks.{index}: {error}") from error
 

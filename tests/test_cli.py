@@ -157,6 +157,44 @@ def test_any_other_error_keeps_its_traceback(grpo: str) -> None:
         run_stage("grpo", raising(ZeroDivisionError()), [grpo])
 
 
+PRINTS = """
+import sys
+from posttrain.cli import run_stage
+def run(recipe, **options):
+    for number in range(10_000):
+        print(number)
+sys.exit(run_stage("pipeline" if "--lineage" in sys.argv else "grpo", run))
+"""
+PIPELINE = "stage: pipeline\nstages: [{name: rl, recipe: RECIPE}]\n"
+
+
+def until_nobody_reads(words: list[str]) -> tuple[int, str]:
+    """The exit code and standard error of a command whose reader, like head, is gone before it writes."""
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    return process.wait(), said
+
+
+def test_what_is_looked_at_may_be_cut_short(grpo: str, tmp_path: Path) -> None:
+    pipeline = tmp_path / "pipeline.yaml"
+    pipeline.write_text(PIPELINE.replace("RECIPE", grpo))
+    assert until_nobody_reads(["-m", "posttrain.grpo", grpo, "--dry-run"]) == (0, "")
+    assert until_nobody_reads(["-m", "posttrain.sft", "--help"]) == (0, "")
+    assert until_nobody_reads(["-c", PRINTS, str(pipeline), "--lineage"]) == (0, "")
+
+
+def test_a_run_whose_reader_leaves_says_how_it_goes_on(grpo: str) -> None:
+    said = "stopped: the program that read the output has ended; --resume goes on\n"
+    assert until_nobody_reads(["-c", PRINTS, grpo]) == (3, said)
+
+
+def test_another_broken_pipe_keeps_its_traceback(grpo: str) -> None:
+    with pytest.raises(BrokenPipeError):
+        run_stage("grpo", raising(BrokenPipeError()), [grpo])
+
+
 def test_sigterm_runs_the_clean_up_and_the_handler_is_put_back(grpo: str) -> None:
     cleaned = []
 
