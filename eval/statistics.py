@@ -271,7 +271,7 @@ def _sign_flips(differences: Sequence[float]) -> tuple[float, str]:
     import numpy as np
     from scipy.stats import permutation_test
 
-    if not differences:
+    if len(differences) < 2:  # both signs of one difference are as far from 0
         return 1.0, "sign flips, exact"
     is_exact = len(differences) <= EXACT
     found = permutation_test(

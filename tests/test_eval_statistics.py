@@ -133,6 +133,9 @@ def test_paired_comparison_by_hand() -> None:
     # Differences 1/2, 1/2, 1: of 8 sign patterns two are as far from 0.
     found = compare_paired([[0.0, 0.0], [0.5], [0.0]], [[1.0, 0.0], [1.0], [1.0]])
     assert found.p_value == pytest.approx(0.25) and found.test == "sign flips, exact"
+    # A single difference says nothing: the other sign is as far from 0.
+    single = compare_paired([[0.0, 0.0], [0.5]], [[0.5, 0.0], [0.5]])
+    assert (single.p_value, single.better, single.test) == (1.0, 1, "sign flips, exact")
     same = compare_paired([[1.0], [0.0]], [[1.0], [0.0]])
     assert same.p_value == 1.0 and same.difference == 0.0
     with pytest.raises(ValueError, match="the same problems"):
