@@ -211,6 +211,9 @@ def run_task(
     rows = completion_rows(
         task.prompts, groups, graded.results_PN, "sampled" if task.params.temperature else "greedy", kinds
     )
+    if clusters is not None:  # for `eval compare`
+        cluster_of = dict(zip((prompt.id for prompt in task.prompts), clusters, strict=True))
+        rows = [{**row, "cluster": cluster_of[row["prompt_id"]]} for row in rows]
     return EvalResult(
         pass_at_1=headline(benchmark.macro, of_kind, scores_PN, clusters),
         greedy=None,

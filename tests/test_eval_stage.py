@@ -248,6 +248,7 @@ def test_programs_in_several_languages_are_measured(tmp_path: Path) -> None:
     assert {name: part["value"] for name, part in found["by_level"].items()} == {"python": 1.0, "bash": 1.0, "cpp": 0.0}
     assert (found["pass_at_1"]["value"], found["languages"]) == (pytest.approx(2 / 3), sorted(chosen))
     assert found["counts"]["rows_left_out"] == 2
+    assert {row["cluster"] for row in read_rows(out, "humaneval_mul")} == {"HumanEval/900"}
     table = (out / "comparison.md").read_text()
     assert "HumanEval-Mul (Pass@1) | 66.7" in table and "82.6" in table and "Languages: bash, cpp, python" in table
 
