@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import select
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from posttrain.environments import build_environment
 from posttrain.errors import RunStopped
+from posttrain.interrupt import reader_has_left, sigterm_interrupts
 from posttrain.pipeline_graph import build_graph
 from posttrain.plan import describe
 from posttrain.recipe import (
@@ -88,15 +85,18 @@ def run_stage(
         stop, 130 when it was interrupted. Where what is only looked at is piped to a program that ends early, such as
         head, 0.
     """
+    code = 0
     try:
         try:
-            return _run_stage(stage, run, sys.argv[1:] if argv is None else list(argv), plan)
-        finally:
-            sys.stdout.flush()  # here and not while the interpreter ends, where nothing could be caught
-    except BrokenPipeError:
-        if not _reader_has_left():
+            code = _run_stage(stage, run, sys.argv[1:] if argv is None else list(argv), plan)
+        except SystemExit:  # --help
+            sys.stdout.flush()
             raise
-        return 0
+        sys.stdout.flush()  # here and not while the interpreter ends, where nothing could be caught
+    except BrokenPipeError:
+        if not reader_has_left():
+            raise
+    return code
 
 
 def _run_stage(
@@ -115,7 +115,7 @@ def _run_stage(
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
-        with _sigterm_interrupts():
+        with sigterm_interrupts():
             code = run(recipe, **options) or 0
             sys.stdout.flush()
             return code
@@ -127,45 +127,15 @@ def _run_stage(
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        if any(options.get(name) for name in LOOKING) or not _reader_has_left():
+        if any(options.get(name) for name in LOOKING) or not reader_has_left():
             raise
         goes_on = "--resume goes on" if "resume" in options else "the same command goes on or begins again"
         return _end("stopped", RunStopped(f"the program that read the output has ended; {goes_on}"), 3)
 
 
-def _reader_has_left() -> bool:
-    """Whether standard output is a pipe that nobody reads any longer. What is still to be written then goes nowhere."""
-    try:
-        descriptor = sys.stdout.fileno()
-    except (OSError, ValueError):  # not a file
-        return False
-    poll = select.poll()
-    poll.register(descriptor, select.POLLOUT)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
-    return True
-
-
 def _end(word: str, error: Exception, code: int) -> int:
     print(f"{word}: {' '.join(str(error).splitlines())}", file=sys.stderr)
     return code
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM, which `ray job stop` sends, ends a run as Ctrl-C does: with its clean-up."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
