@@ -57,13 +57,20 @@ def prepare(
     }
     benchmark = replace(benchmark, **changes)
     try:
-        check(benchmark, section.path, has_judge=suite.judge is not None, sandbox=suite.sandbox)
+        check(
+            benchmark,
+            section.path,
+            has_judge=suite.judge is not None,
+            sandbox=suite.sandbox,
+            languages=section.languages,
+        )
         loaded = load(
             benchmark,
             path=section.path,
             size=options.get("size"),
             num_fewshot=options.get("num_fewshot"),
             seed=suite.seed,
+            languages=section.languages,
         )
     except ValueError as error:
         raise RecipeError(f"eval.benchmarks: {error}") from error
@@ -204,6 +211,9 @@ def run_task(
     rows = completion_rows(
         task.prompts, groups, graded.results_PN, "sampled" if task.params.temperature else "greedy", kinds
     )
+    if clusters is not None:  # for `eval compare`
+        cluster_of = dict(zip((prompt.id for prompt in task.prompts), clusters, strict=True))
+        rows = [{**row, "cluster": cluster_of[row["prompt_id"]]} for row in rows]
     return EvalResult(
         pass_at_1=headline(benchmark.macro, of_kind, scores_PN, clusters),
         greedy=None,
@@ -271,6 +281,7 @@ def describe(task: BenchmarkTask) -> dict[str, Any]:
         "dataset": None if hub is None else {"path": hub.path, "revision": hub.revision, "split": hub.split},
         "protocol": benchmark.source,
         "departs": benchmark.departs,
+        **({"languages": sorted({str(problem.kind) for problem in task.problems})} if benchmark.languages else {}),
         "published": benchmark.published,
     }
 

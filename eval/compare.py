@@ -61,7 +61,9 @@ def compare_runs(first: str | Path, second: str | Path) -> list[PairedRow]:
         groups = {"": shared, **(kinds if len(kinds) > 1 else {})}
         for kind, names in groups.items():
             found = compare_paired(
-                [one[key][name]["scores"] for name in names], [two[key][name]["scores"] for name in names]
+                [one[key][name]["scores"] for name in names],
+                [two[key][name]["scores"] for name in names],
+                clusters=[one[key][name]["cluster"] or name for name in names],
             )
             rows.append(PairedRow(*key, kind, found, *(only if not kind else (0, 0))))
     if not rows:
@@ -72,7 +74,7 @@ def compare_runs(first: str | Path, second: str | Path) -> list[PairedRow]:
 
 
 def _problems(run: str) -> dict[Key, dict[str, dict[str, Any]]]:
-    """(suite, mode) -> prompt id -> its text, reference, kind and scores."""
+    """(suite, mode) -> prompt id -> its text, reference, kind, cluster and scores."""
     import pyarrow.parquet as pq
 
     directory, _, chosen = (run, "", "") if Path(run).exists() else run.rpartition(":")
@@ -86,7 +88,13 @@ def _problems(run: str) -> dict[Key, dict[str, dict[str, Any]]]:
         for row in pq.read_table(file).to_pylist():
             problems = found["chosen" if chosen else file.stem.removeprefix("eval-"), row["mode"]]
             problem = problems.setdefault(
-                row["prompt_id"], {"text": (row["prompt"], row["answer"]), "kind": row["kind"], "scores": []}
+                row["prompt_id"],
+                {
+                    "text": (row["prompt"], row["answer"]),
+                    "kind": row["kind"],
+                    "cluster": row.get("cluster"),
+                    "scores": [],
+                },
             )
             problem["scores"].append(row["score"])
     return found

@@ -34,6 +34,7 @@ def check_likelihood(section: BenchmarkSection, suite: EvalSuiteSection) -> None
     if get_benchmark(section.name).lm_eval is None:
         raise ValueError(f"{section.name} has no task of lm-eval here; leave method out")
     ignored = sorted({"num_samples", "temperature", "max_completion_length"} & suite.options(section).keys())
+    ignored += ["languages"] if section.languages is not None else []
     if ignored:
         raise ValueError(f"{section.name}: {ignored[0]} has no meaning with method: lm_eval; remove it")
     if find_spec("lm_eval") is None:

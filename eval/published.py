@@ -95,6 +95,7 @@ def comparison(results: Mapping[str, Mapping[str, Any]], name: str) -> str:
             f"{result['num_samples']} sample(s), temperature {result['temperature']:g}, {result['num_fewshot']}-shot"
         )
         departs = f". Departs: {result['departs']}" if result["departs"] else ""
+        departs += f". Languages: {', '.join(result['languages'])}" if result.get("languages") else ""
         limit = f", {result['max_completion_length']} tokens" if result.get("max_completion_length") else ""
         notes.append(f"- {row.name}: {result['metric']}, {drawn}{limit}{departs}.")
     sources = dict.fromkeys(number.source for row in shown.values() for number in row.numbers)

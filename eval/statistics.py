@@ -206,36 +206,43 @@ class Comparison:
 
 
 def compare_paired(
-    first_PN: Sequence[Sequence[float]], second_PM: Sequence[Sequence[float]], confidence: float = 0.95
+    first_PN: Sequence[Sequence[float]],
+    second_PM: Sequence[Sequence[float]],
+    confidence: float = 0.95,
+    clusters: Sequence[Hashable] | None = None,
 ) -> Comparison:
     """Difference of two mean scores on the same problems, which takes the problems' difficulty out.
 
     The interval is Student's over the problems' differences. The p-value is that of a permutation test: without a
     difference, which of the two scored what on a problem is a toss-up, so all signs of the differences are as likely. For
-    one 0/1 sample each it is the exact test of McNemar.
+    one 0/1 sample each it is the exact test of McNemar. Of problems in one cluster (see `estimate`) the differences are added
+    up first and share one sign.
 
     Raises:
-        ValueError: other than one list of samples per problem on both sides.
+        ValueError: other than one list of samples per problem on both sides, or clusters of another number.
     """
     from scipy.stats import binomtest, t
 
-    _check(first_PN, None)
-    _check(second_PM, None)
+    _check(first_PN, clusters)
+    _check(second_PM, clusters)
     if len(first_PN) != len(second_PM):
         raise ValueError(f"a paired comparison needs the same problems, got {len(first_PN)} and {len(second_PM)}")
     one = [statistics.fmean(scores) for scores in first_PN]
     two = [statistics.fmean(scores) for scores in second_PM]
     differences = [b - a for a, b in zip(one, two, strict=True)]
     n, mean = len(differences), statistics.fmean(differences)
+    groups = _groups(clusters, n)
     half = math.inf
-    if n > 1:
-        half = float(t.ppf(0.5 + confidence / 2, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
+    if len(groups) > 1:
+        half = float(t.ppf(0.5 + confidence / 2, len(groups) - 1)) * _error(differences, mean, groups)
+    sums = [math.fsum(differences[place] for place in places) for places in groups]
     better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    if all(d in (-1, 0, 1) for d in differences):
+    if all(value in (-1, 0, 1) for value in sums):
         test = "sign flips, exact"
-        p_value = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+        up, down = sums.count(1), sums.count(-1)
+        p_value = float(binomtest(up, up + down).pvalue) if up + down else 1.0
     else:
-        p_value, test = _sign_flips([d for d in differences if d])
+        p_value, test = _sign_flips([value for value in sums if value])
     return Comparison(
         statistics.fmean(one),
         statistics.fmean(two),
@@ -271,7 +278,7 @@ def _sign_flips(differences: Sequence[float]) -> tuple[float, str]:
     import numpy as np
     from scipy.stats import permutation_test
 
-    if not differences:
+    if len(differences) < 2:  # both signs of one difference are as far from 0
         return 1.0, "sign flips, exact"
     is_exact = len(differences) <= EXACT
     found = permutation_test(

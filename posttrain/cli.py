@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from posttrain.environments import build_environment
 from posttrain.errors import RunStopped
+from posttrain.interrupt import reader_has_left, sigterm_interrupts
 from posttrain.pipeline_graph import build_graph
 from posttrain.plan import describe
 from posttrain.recipe import (
@@ -55,6 +53,7 @@ EXPLAINED = {
     "only": "run this stage and no other",
     "until": "run the stages up to this one",
 }
+LOOKING = ("preflight", "lineage")  # options with which a stage shows something and stops
 OPTIONS = ("--config", "--dry-run", *(f"--{name}" for name in (*STAGE_OPTIONS, *NAMING_OPTIONS)), "--help")
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -84,9 +83,26 @@ def run_stage(
 
     Returns:
         What `run(recipe, **options)` returns (None is 0); 2 for a recipe that cannot be run, 3 for a run that had to
-        stop, 130 when it was interrupted.
+        stop, 130 when it was interrupted. Where what is only looked at is piped to a program that ends early, such as
+        head, 0.
     """
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    code = 0
+    try:
+        try:
+            code = _run_stage(stage, run, sys.argv[1:] if argv is None else list(argv), plan)
+        except SystemExit:  # --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # here and not while the interpreter ends, where nothing could be caught
+    except BrokenPipeError:
+        if not reader_has_left():
+            raise
+    return code
+
+
+def _run_stage(
+    stage: str, run: Callable[..., int | None], arguments: Sequence[str], plan: Callable[[Recipe], str]
+) -> int:
     try:
         source, overrides, dry_run, options = parse(stage, arguments)
         recipe = load_recipe(source, overrides, stage=stage)
@@ -100,8 +116,10 @@ def run_stage(
     for name, value in {**QUIET, **SHORT_SPIN}.items():  # before torch is imported
         os.environ.setdefault(name, value)
     try:
-        with _sigterm_interrupts():
-            return run(recipe, **options) or 0
+        with sigterm_interrupts():
+            code = run(recipe, **options) or 0
+            sys.stdout.flush()
+            return code
     except RecipeError as error:
         return _end("error", error, 2)
     except RunStopped as error:
@@ -109,25 +127,16 @@ def run_stage(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if any(options.get(name) for name in LOOKING) or not reader_has_left():
+            raise
+        goes_on = "--resume goes on" if "resume" in options else "the same command goes on or begins again"
+        return _end("stopped", RunStopped(f"the program that read the output has ended; {goes_on}"), 3)
 
 
 def _end(word: str, error: Exception, code: int) -> int:
     print(f"{word}: {' '.join(str(error).splitlines())}", file=sys.stderr)
     return code
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM, which `ray job stop` sends, ends a run as Ctrl-C does: with its clean-up."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -305,7 +314,13 @@ def check_benchmarks(recipe: Recipe, source: str | Path) -> None:
             if section.method == "lm_eval":
                 check_likelihood(section, recipe.eval)
             else:
-                check(benchmark, section.path, has_judge=recipe.eval.judge is not None, sandbox=recipe.eval.sandbox)
+                check(
+                    benchmark,
+                    section.path,
+                    has_judge=recipe.eval.judge is not None,
+                    sandbox=recipe.eval.sandbox,
+                    languages=section.languages,
+                )
         except ValueError as error:
             raise RecipeError(f"{source}: eval.benchmarks.{index}: {error}") from error
 

@@ -57,6 +57,9 @@ class BenchmarkSection(BenchmarkOptions):
 
     name: str  # see docs/eval.md
     path: str | None = None  # a copy of its data: .jsonl, .parquet, or a folder with a file for each split
+    languages: tuple[str, ...] | None = Field(
+        None, min_length=1
+    )  # of programs, where a benchmark has several; None: all
     method: Literal["generate", "lm_eval"] = "generate"  # or log-likelihoods, by EleutherAI's lm-eval
 
 

@@ -1,7 +1,9 @@
-"""Stopping politely: the first signal ends the run after the present step, the second at once."""
+"""How a run is ended from outside: by a signal, politely or at once, or because nobody reads its output any longer."""
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import sys
 from collections.abc import Iterator
@@ -40,3 +42,33 @@ def graceful_stop() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM, which `ray job stop` sends, ends a run as Ctrl-C does: with its clean-up."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def reader_has_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any longer. What is still to be written then goes nowhere."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a file
+        return False
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+    return True

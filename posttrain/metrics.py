@@ -92,6 +92,9 @@ class LogReader:
             return lines
 
 
+OFFLINE = {"wandb": "set WANDB_MODE=offline to keep the run on disk, or leave wandb out"}
+
+
 class MetricsLog:
     """metrics.jsonl, one object per step, and the trackers that the recipe names.
 
@@ -101,7 +104,7 @@ class MetricsLog:
         resume_step: go on after this step, dropping lines of later steps; None starts a new file.
 
     Raises:
-        RunStopped: a tracker's package is not installed.
+        RunStopped: a tracker's package is not installed, or it does not start, e.g. for want of a key.
     """
 
     def __init__(self, run_dir: Path, report_to: Sequence[str] = (), resume_step: int | None = None) -> None:
@@ -155,3 +158,9 @@ def _tracker(name: str, run_dir: Path) -> _Tracker:
         return _Tracker(lambda step, values: run.log(values, step=step), run.finish)
     except ModuleNotFoundError as error:
         raise RunStopped(f"report_to: {name} needs the package {error.name}; install it or leave {name} out") from error
+    except (
+        Exception
+    ) as error:  # a service's client: no key, no network, no right to write, each with a class of its own
+        raise RunStopped(
+            f"report_to: {name} does not start: {error}; {OFFLINE.get(name, f'or leave {name} out')}"
+        ) from error

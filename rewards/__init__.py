@@ -11,7 +11,8 @@ reward says 0..1 by convention; anything finite is allowed. `@batched` and `@gro
 completions at once (see `rewards.forms`).
 
 Shipped: task_answer, math_answer, multiple_choice, reasoning_gym, instruction_following, exact, drop_f1, format,
-language_consistency, length, repetition, learned. `python -m rewards.check my_file.py:score` tries a function out.
+language_consistency, length, repetition, learned, code_tests, program_tests. `python -m rewards.check my_file.py:score`
+tries a function out.
 From the project this package imports `posttrain.types`, and `data.tasks` for the scorers of generated tasks.
 """
 

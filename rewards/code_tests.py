@@ -6,14 +6,15 @@ so a program cannot pass by ending the test early, by printing a verdict or by o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from posttrain.types import RewardResult, RewardStatus
 from rewards.code_cases import CodeTest, read_tests
 from rewards.extract import final_answer
-from rewards.sandbox import Limits, Mode, Outcome, shared_pool
+from rewards.sandbox import Limits, Mode, Outcome, get_language, shared_pool
 
-LANGUAGES = ("python", "python3", "py")
+TAGS = get_language("python").tags
 STATUSES: dict[str, RewardStatus] = {"timeout": "timeout", "crash": "crash", "memory": "crash", "output": "crash"}
 
 
@@ -91,8 +92,8 @@ def score(
     return RewardResult(share, STATUSES.get(failure.status, "ok"), detail)
 
 
-def extract_program(completion: str) -> str | None:
-    """The program of a completion: the last closed code block marked python, python3 or py.
+def extract_program(completion: str, tags: Sequence[str] = TAGS) -> str | None:
+    """The program of a completion: the last closed code block with one of the marks, python, python3 or py.
 
     It is looked for in the single answer block; in a text without answer tags, in what follows the last `</think>`.
     None: no such block, an empty one, or answer tags that are not one pair.
@@ -109,7 +110,7 @@ def extract_program(completion: str) -> str | None:
         if block is None and mark.startswith("```"):
             block, language = [], mark[3:].strip().lower()
         elif block is not None and mark == "```":
-            if language in LANGUAGES:
+            if language in tags:
                 program = "\n".join(block)
             block = None
         elif block is not None:

@@ -98,6 +98,93 @@ def check(candidate):
 """
 STARTER = "class Solution:\n    def add(self, left: int, right: int) -> int:\n        "
 
+
+def translated(language: str, number: int, prompt: str, tests: str, stop: str) -> dict[str, Any]:
+    return {
+        "name": f"HumanEval_{number}_pair",
+        "language": language,
+        "prompt": prompt,
+        "doctests": "transform",
+        "original": f"/data/HumanEval_{number}_pair.py",
+        "prompt_terminology": "reworded",
+        "tests": tests,
+        "stop_tokens": [stop],
+    }
+
+
+def block(tag: str, text: str) -> str:
+    return f"<think>Easy.</think>Here it is:\n```{tag}\n{text}\n```"
+
+
+# One problem in each language of HumanEval-Mul: the sum and the difference of two numbers.
+MULTIPLE: dict[str, tuple[dict[str, Any], str, str]] = {  # language -> row, a right answer, a wrong one
+    "python": (
+        {
+            "task_id": "HumanEval/900",
+            "prompt": 'from typing import Tuple\n\n\ndef pair(a: int, b: int) -> Tuple[int, int]:\n    """Both."""\n',
+            "canonical_solution": "    return a + b, a - b\n",
+            "test": "\n\ndef check(candidate):\n    assert candidate(3, 1) == (4, 2)\n    assert candidate(0, 5) == (5, -5)\n",
+            "entry_point": "pair",
+        },
+        "from __future__ import annotations\ndef pair(a: int, b: int) -> Tuple[int, int]:\n    return a + b, a - b",
+        "def pair(a, b):\n    return a + b, abs(a - b)",
+    ),
+    "bash": (
+        translated(
+            "sh",
+            900,
+            "#!/bin/bash\n# Sum, difference.\n#\n# $1 is an integer\n# $2 is an integer\npair() {\n",
+            '}\n\ncandidate() {\n    pair "$@"\n}\n\nset -e\nrun_test() {\n    [[ $(candidate "3" "1") = "4 2" ]]\n'
+            '    [[ $(candidate "0" "5") = "5 -5" ]]\n}\n\nrun_test',
+            "\n}",
+        ),
+        'pair() {\n    while read -r sum; do echo "$sum $(($1 - $2))"; done < <(awk "BEGIN { print $1 + $2 }")\n}',
+        'pair() {\n    echo "4 2"\n}',
+    ),
+    "cpp": (
+        translated(
+            "cpp",
+            900,
+            "#include<assert.h>\n#include<bits/stdc++.h>\nunion Unused{\n    long whole;\n};\n// Sum, difference.\n"
+            "std::tuple<long, long> pair(long a, long b) {\n",
+            "}\nint main() {\n    auto candidate = pair;\n    assert(candidate((3), (1)) == (std::make_tuple(4, 2)));\n"
+            "    assert(candidate((0), (5)) == (std::make_tuple(5, -5)));\n}\n",
+            "\n}",
+        ),
+        "#include <tuple>\nstd::tuple<long, long> pair(long a, long b) {\n    Unused sum{a + b};\n"
+        "    return {sum.whole, a - b};\n}",
+        "std::tuple<long, long> pair(long a, long b) {\n    return {4, 2};\n}",
+    ),
+    "java": (
+        translated(
+            "java",
+            900,
+            "import java.util.*;\nimport org.javatuples.*;\nclass Problem {\n    // Sum, difference.\n"
+            "    public static Pair<Long, Long> pair(long a, long b) {\n",
+            "    }\n    public static void main(String[] args) {\n"
+            "    assert(pair((3l), (1l)).equals((Pair.with(4l, 2l))));\n"
+            "    assert(pair((0l), (5l)).equals((Pair.with(5l, -5l))));\n    }\n\n}\n",
+            "\n    }\n",
+        ),
+        "import java.util.*;\n\npublic class Problem {\n    public static Pair<Long, Long> pair(long a, long b) {\n"
+        "        return new Pair<>(a + b, a - b);\n    }\n}",
+        "class Problem {\n    public static Pair<Long, Long> pair(long a, long b) {\n        return null;\n    }\n}",
+    ),
+    "javascript": (
+        translated(
+            "js",
+            900,
+            "//Sum, difference.\nfunction pair(a, b){\n",
+            "const assert = require('node:assert');\n\n\nfunction test() {\n  let candidate = pair;\n"
+            "  assert.deepEqual(candidate(3, 1),[4, 2]);\n  assert.deepEqual(candidate(0, 5),[5, -5]);\n}\n\ntest();",
+            "\nfunction ",
+        ),
+        "function pair(a, b) {\n  return [a + b, a - b];\n}",
+        "const pair = (a, b) => [a + b, b - a];",
+    ),
+}
+TAGS = {"python": "python", "bash": "sh", "cpp": "c++", "java": "java", "javascript": "js"}
+
 FIXTURES: dict[str, Fixture] = {
     "math_500": Fixture(
         [
@@ -333,6 +420,11 @@ FIXTURES: dict[str, Fixture] = {
         ],
         [program("def square(x):\n    return x * x"), program("def square(x):\n    return math.pow(x, 2)")],
         [program("def square(x):\n    return 2 * x"), program("def cube(x):\n    return x ** 3")],
+    ),
+    "humaneval_mul": Fixture(
+        [row for row, _, _ in MULTIPLE.values()],
+        [block(TAGS[language], right) for language, (_, right, _) in MULTIPLE.items()],
+        [block(TAGS[language], wrong) for language, (_, _, wrong) in MULTIPLE.items()],
     ),
     "mbpp": Fixture(
         [

@@ -33,3 +33,11 @@ def policy_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("policy")
     save_policy(policy, tokenizer, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of chats to train on."""
+    from sft_trainers import write_chats
+
+    return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl")

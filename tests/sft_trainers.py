@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from data.chat import build_tokenizer
 from posttrain import sft_parts
+from posttrain.model.load import save_policy
 from posttrain.ranks import join_ranks
 from posttrain.recipe import SftRecipe
 from posttrain.run_dir import RunDir
 from posttrain.sft_trainer import PolicyTrainer
 
 
-def write_chats(path: Path) -> None:
+def write_chats(path: Path) -> Path:
     """Chats of mixed lengths, some with several turns."""
     rng = random.Random(0)
     with path.open("w") as file:
@@ -27,6 +30,26 @@ def write_chats(path: Path) -> None:
                 messages.append({"role": "user", "content": "".join(rng.choices("abcde", k=rng.randint(2, 12)))})
                 messages.append({"role": "assistant", "content": "".join(rng.choices("01234", k=rng.randint(2, 20)))})
             file.write(json.dumps({"messages": messages, "id": str(number)}) + "\n")
+    return path
+
+
+def save_random(
+    path: Path, model: Callable[[Any], Any], config: Callable[..., Any], *, rows: int = 0, **sizes: Any
+) -> Path:
+    """A model with random weights and our tokens, saved as the stages save it.
+
+    Args:
+        path: where.
+        model, config: its classes.
+        rows: of padding after the tokens' embeddings.
+        sizes: of the configuration.
+    """
+    tokenizer = build_tokenizer()
+    specials = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    torch.manual_seed(0)
+    built = model(config(vocab_size=len(tokenizer) + rows, max_position_embeddings=256, **specials, **sizes))
+    save_policy(built, tokenizer, path)
+    return path
 
 
 def build_recipe(path: Path, chats: Path, output: Path, **changes: Any) -> SftRecipe:

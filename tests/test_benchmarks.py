@@ -7,11 +7,12 @@ import pickle
 import re
 import zlib
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from benchmark_rows import FIXTURES, Fixture, box
+from benchmark_rows import FIXTURES, MULTIPLE, TAGS, Fixture, block, box
 from fake_judge import serve
 
 from eval.benchmarks import NAMES, get_benchmark
@@ -19,7 +20,8 @@ from eval.benchmarks.base import Benchmark, Problem
 from eval.benchmarks.livecodebench import hidden_tests
 from eval.benchmarks.loading import check, load
 from rewards import RewardFunction
-from rewards.sandbox import SandboxUnavailableError, shared_pool
+from rewards.sandbox import SandboxUnavailableError, close_shared_pools, shared_pool
+from rewards.sandbox.toolchain import find_toolchain
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,15 @@ def has_sandbox(mode: str) -> bool:
     except SandboxUnavailableError:
         return False
     return True
+
+
+def why_not(language: str) -> str:
+    """Why programs of a language cannot run here; "" when they can."""
+    try:
+        shared_pool("bubblewrap", language=language)
+    except SandboxUnavailableError as error:
+        return str(error)
+    return ""
 
 
 def write(folder: Path, fixture: Fixture, benchmark: Benchmark) -> Path:
@@ -73,7 +84,10 @@ def scores(benchmark: Benchmark, problems: Sequence[Problem], texts: Sequence[st
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if get_benchmark(name).problem is not None])
+WITH_ROWS = [name for name in NAMES if get_benchmark(name).problem is not None and not get_benchmark(name).languages]
+
+
+@pytest.mark.parametrize("name", WITH_ROWS)
 def test_rows_become_problems_that_are_graded(name: str, tmp_path: Path, judge: str) -> None:
     benchmark, fixture = get_benchmark(name), FIXTURES[name]
     if "sandbox" in benchmark.needs and not (has_sandbox("bubblewrap") or has_sandbox("landlock")):
@@ -90,6 +104,51 @@ def test_rows_become_problems_that_are_graded(name: str, tmp_path: Path, judge: 
     if benchmark.final_answer is not None:
         votes = [benchmark.final_answer(text.replace("{letter}", box("B"))) for text in fixture.right]
         assert all(votes)
+
+
+@pytest.mark.parametrize("language", [*MULTIPLE])
+def test_a_translation_is_compiled_run_and_graded(language: str, tmp_path: Path) -> None:
+    if why_not(language):
+        assert language not in ("python", "bash") or why_not("python"), why_not(language)
+        pytest.skip(why_not(language))
+    benchmark, fixture = get_benchmark("humaneval_mul"), FIXTURES["humaneval_mul"]
+    path = str(write(tmp_path, fixture, benchmark))
+    loaded = load(benchmark, path=path, languages=[language])
+    (problem,) = loaded.problems
+    assert (loaded.left_out, problem.kind, problem.cluster) == (4, language, "HumanEval/900")
+    assert problem.question.strip() in problem.prompt and f"```{language}" in problem.prompt
+    _, right, wrong = MULTIPLE[language]
+    texts = [block(TAGS[language], right), block(TAGS[language], wrong), block("text", right)]
+    assert scores(benchmark, [problem] * 3, texts, "") == [1.0, 0.0, 0.0]
+
+
+def test_languages_are_chosen_and_missing_tools_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = get_benchmark("humaneval_mul")
+    path = str(write(tmp_path, FIXTURES["humaneval_mul"], benchmark))
+    assert [problem.id for problem in load(benchmark, path=path, size=2).problems] == [
+        "python/HumanEval/900",
+        "bash/HumanEval_900_pair",
+    ]
+    with pytest.raises(ValueError, match="has no problems in 'rust'; use some of python, bash"):
+        check(benchmark, path, has_judge=False, sandbox="bubblewrap", languages=["rust"])
+    with pytest.raises(ValueError, match="mbpp has no problems in 'cpp'; remove languages"):
+        check(get_benchmark("mbpp"), path, has_judge=False, sandbox="bubblewrap", languages=["cpp"])
+    if has_sandbox("landlock"):
+        with pytest.raises(ValueError, match='sandbox="landlock" runs Python only'):
+            check(benchmark, path, has_judge=False, sandbox="landlock", languages=["python", "bash"])
+    if has_sandbox("bubblewrap"):
+        monkeypatch.setattr("rewards.sandbox.toolchain.shutil.which", lambda tool: None)
+        find_toolchain.cache_clear()
+        close_shared_pools()
+        with pytest.raises(ValueError, match=r"C\+\+ programs need g\+\+, which is not installed.*or choose languages"):
+            check(benchmark, path, has_judge=False, sandbox="bubblewrap", languages=["python", "cpp"])
+        find_toolchain.cache_clear()
+
+
+def test_a_row_of_another_language_is_refused() -> None:
+    row = {**MULTIPLE["bash"][0], "language": "rs"}
+    with pytest.raises(ValueError, match="the language 'rs' is not one of sh, cpp, java, js"):
+        get_benchmark("humaneval_mul").problem(row)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -141,6 +200,25 @@ def test_the_hub_is_asked_by_name_and_revision(monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
+def test_a_benchmark_of_two_data_sets_reads_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(path: str, name: str | None = None, **options: object) -> list[dict[str, object]]:
+        asked.append((path, name, options.get("split"), options.get("revision")))
+        language = {"humaneval-sh": "bash", "humaneval-js": "javascript", None: "python"}.get(name, (name or "")[10:])
+        return [MULTIPLE[language][0]]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    benchmark = get_benchmark("humaneval_mul")
+    assert {problem.kind for problem in load(benchmark).problems} == {*benchmark.languages} == {*MULTIPLE}
+    translations, original = benchmark.hub, get_benchmark("humaneval").hub
+    assert translations is not None and original is not None
+    assert asked == [
+        *(("nuprl/MultiPL-E", name, "test", translations.revision) for name in translations.configs),
+        ("openai/openai_humaneval", None, "test", original.revision),
+    ]
+
+
 def test_files_of_a_repository_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = FIXTURES["arena_hard"].rows
 
@@ -174,6 +252,17 @@ def test_made_problems_are_the_same_again_and_their_references_right(name: str) 
         text = f"<think></think><answer>{problem.answer}</answer>"
         assert grader(text, problem.answer, problem.metadata).score == 1.0, problem
         assert grader(text.replace("<answer>", "<answer>no "), problem.answer, problem.metadata).score == 0.0
+
+
+def test_the_tiny_tasks_give_as_many_problems_of_each_level_as_there_are() -> None:
+    problems = load(get_benchmark("tiny_tasks")).problems
+    kinds = Counter(problem.kind for problem in problems)
+    assert len(problems) == len({problem.id for problem in problems}) == 500
+    assert (kinds["products/1"], kinds["products/2"], kinds["products/3"]) == (
+        6,
+        47,
+        47,
+    )  # one digit times one: 6 held out
 
 
 def test_the_shipped_humaneval_problems_pass_their_own_solutions() -> None:

@@ -157,6 +157,58 @@ def test_any_other_error_keeps_its_traceback(grpo: str) -> None:
         run_stage("grpo", raising(ZeroDivisionError()), [grpo])
 
 
+PRINTS = """
+import sys
+from posttrain.cli import run_stage
+def run(recipe, **options):
+    for number in range(10_000):
+        print(number)
+sys.exit(run_stage("pipeline" if "--lineage" in sys.argv else "grpo", run))
+"""
+IMPORTS = "import sys\nfrom posttrain.errors import RunStopped"
+PIPELINE = "stage: pipeline\nstages: [{name: rl, recipe: RECIPE}]\n"
+
+
+def until_nobody_reads(words: list[str]) -> tuple[int, str]:
+    """The exit code and standard error of a command whose reader, like head, is gone before it writes."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        [sys.executable, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    return process.wait(), said
+
+
+def test_what_is_looked_at_may_be_cut_short(grpo: str, tmp_path: Path) -> None:
+    pipeline = tmp_path / "pipeline.yaml"
+    pipeline.write_text(PIPELINE.replace("RECIPE", grpo))
+    assert until_nobody_reads(["-m", "posttrain.grpo", grpo, "--dry-run"]) == (0, "")
+    assert until_nobody_reads(["-m", "posttrain.sft", "--help"]) == (0, "")
+    assert until_nobody_reads(["-c", PRINTS, str(pipeline), "--lineage"]) == (0, "")
+
+
+def test_a_run_whose_reader_leaves_says_how_it_goes_on(grpo: str) -> None:
+    said = "stopped: the program that read the output has ended; --resume goes on\n"
+    assert until_nobody_reads(["-c", PRINTS, grpo]) == (3, said)
+
+
+@pytest.mark.parametrize(("error", "code"), [("RunStopped('no room')", {3}), ("ZeroDivisionError()", {1, 120})])
+def test_a_failure_is_not_hidden_by_a_reader_that_left(error: str, code: set[int], grpo: str) -> None:
+    fails = PRINTS.replace(
+        "    for number in range(10_000):\n        print(number)", f"    print(1)\n    raise {error}"
+    )
+    found, said = until_nobody_reads(["-c", fails.replace("import sys", IMPORTS), grpo])
+    # 120 is what Python itself ends with when it cannot write what was printed.
+    assert found in code and ("no room" in said or "ZeroDivisionError" in said), (found, said)
+
+
+def test_another_broken_pipe_keeps_its_traceback(grpo: str) -> None:
+    with pytest.raises(BrokenPipeError):
+        run_stage("grpo", raising(BrokenPipeError()), [grpo])
+
+
 def test_sigterm_runs_the_clean_up_and_the_handler_is_put_back(grpo: str) -> None:
     cleaned = []
 

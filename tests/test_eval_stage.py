@@ -14,12 +14,14 @@ from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 import pytest
-from benchmark_rows import FIXTURES
+from benchmark_rows import FIXTURES, MULTIPLE
 from fake_judge import serve
+from openai_server import Scripted, body
 from stage_commands import run
 
 from eval.__main__ import main
 from posttrain.recipe_file import load_recipe
+from rewards.sandbox import SandboxUnavailableError, close_shared_pools, shared_pool
 
 
 def read_rows(run_dir: Path, suite: str) -> list[dict[str, Any]]:
@@ -215,6 +217,40 @@ def test_benchmarks_that_need_a_judge_are_judged(served: str, tmp_path: Path) ->
     )  # neither it nor the baseline is "good": ties, in both orders
     assert found["arena_hard"]["counts"]["no_verdict"] == 0
     assert len((out / "generations" / "arena_hard-verdicts.jsonl").read_text().splitlines()) == 2
+
+
+def test_programs_in_several_languages_are_measured(tmp_path: Path) -> None:
+    chosen = ["python", "bash", "cpp"]
+    for language in chosen:
+        try:
+            shared_pool("bubblewrap", language=language)
+        except SandboxUnavailableError as error:
+            pytest.skip(str(error))
+        finally:
+            close_shared_pools()
+    rows = [row for row, _, _ in MULTIPLE.values()]
+    (tmp_path / "mul.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def answer(request: dict[str, Any], _number: int) -> tuple[int, dict[str, str], bytes]:
+        text = request["messages"][-1]["content"]
+        language = next(name for name in chosen if f"```{name}\n" in text)
+        _, right, wrong = MULTIPLE[language]
+        return 200, {}, body(f"```{language}\n{wrong if language == 'cpp' else right}\n```")
+
+    recipe, out = tmp_path / "eval.yaml", tmp_path / "run"
+    with Scripted(answer) as server:
+        recipe.write_text(
+            f"stage: eval\nendpoint: {{model: coder, base_url: '{server.url}'}}\noutput_dir: {out}\n"
+            f"eval: {{benchmarks: [{{name: humaneval_mul, path: {tmp_path / 'mul.jsonl'}, languages: {chosen}}}]}}\n"
+        )
+        assert main([str(recipe)]) == 0
+    found = json.loads((out / "summary.json").read_text())["eval"]["humaneval_mul"]
+    assert {name: part["value"] for name, part in found["by_level"].items()} == {"python": 1.0, "bash": 1.0, "cpp": 0.0}
+    assert (found["pass_at_1"]["value"], found["languages"]) == (pytest.approx(2 / 3), sorted(chosen))
+    assert found["counts"]["rows_left_out"] == 2
+    assert {row["cluster"] for row in read_rows(out, "humaneval_mul")} == {"HumanEval/900"}
+    table = (out / "comparison.md").read_text()
+    assert "HumanEval-Mul (Pass@1) | 66.7" in table and "82.6" in table and "Languages: bash, cpp, python" in table
 
 
 def test_what_does_not_fit_is_said_before_anything_starts(policy_path: Path, tmp_path: Path, capsys: Any) -> None:

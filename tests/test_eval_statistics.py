@@ -133,6 +133,16 @@ def test_paired_comparison_by_hand() -> None:
     # Differences 1/2, 1/2, 1: of 8 sign patterns two are as far from 0.
     found = compare_paired([[0.0, 0.0], [0.5], [0.0]], [[1.0, 0.0], [1.0], [1.0]])
     assert found.p_value == pytest.approx(0.25) and found.test == "sign flips, exact"
+    # Two problems of one passage share a sign: of 4 patterns of (1 + 1, 1) two are as far from 0, of McNemar's 8 two.
+    scores = ([[0.0]] * 3, [[1.0]] * 3)
+    assert compare_paired(*scores, clusters=["a", "a", "b"]).p_value == pytest.approx(0.5)
+    assert compare_paired(*scores).p_value == pytest.approx(0.25)
+    # Differences 1, 1, 0, 0 in two passages: sqrt(2 (1^2 + 1^2)) / 4 = 0.5 times Student's 12.706 for one degree of freedom.
+    found = compare_paired([[0.0]] * 4, [[1.0], [1.0], [0.0], [0.0]], clusters=["a", "a", "b", "b"])
+    assert (found.difference, found.high - found.difference) == (0.5, pytest.approx(6.353, abs=1e-3))
+    # A single difference says nothing: the other sign is as far from 0.
+    single = compare_paired([[0.0, 0.0], [0.5]], [[0.5, 0.0], [0.5]])
+    assert (single.p_value, single.better, single.test) == (1.0, 1, "sign flips, exact")
     same = compare_paired([[1.0], [0.0]], [[1.0], [0.0]])
     assert same.p_value == 1.0 and same.difference == 0.0
     with pytest.raises(ValueError, match="the same problems"):

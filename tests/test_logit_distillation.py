@@ -16,7 +16,7 @@ from sft_trainers import (
     reference_model,
     relative_gap,
     samples_of,
-    write_chats,
+    save_random,
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -164,32 +164,19 @@ def test_what_is_logged_by_hand() -> None:
 
 
 @pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    write_chats(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def teacher_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense Llama with our tokens and eight rows of padding after them."""
-    tokenizer = build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + 8,
+    return save_random(
+        tmp_path_factory.mktemp("teacher"),
+        LlamaForCausalLM,
+        LlamaConfig,
+        rows=8,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
         initializer_range=0.3,  # decided about its tokens
     )
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("teacher")
-    save_policy(LlamaForCausalLM(config), tokenizer, path)
-    return path
 
 
 class WithoutPadding:

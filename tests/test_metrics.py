@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -48,6 +51,31 @@ def test_resuming_drops_torn_lines_and_later_steps(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(line["step"], line["x"]) for line in lines] == [(1, 1), (2, 2), (3, None)]
     assert lines[2]["seconds"] >= lines[1]["seconds"]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_gets_every_step_and_says_why_it_does_not_start(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def init(**options: Any) -> SimpleNamespace:
+        calls.append(options)
+        if not (tmp_path / "key").exists():
+            raise RuntimeError("no key configured")
+        return SimpleNamespace(
+            log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish")
+        )
+
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=init))
+    with pytest.raises(RunStopped, match=rf"report_to: {name} does not start: no key configured; .*{name} out"):
+        MetricsLog(tmp_path, [name])
+    (tmp_path / "key").touch()
+    log = MetricsLog(tmp_path, [name])
+    log.log(3, {"reward/mean": Metric(0.5, "mean"), "loss": Metric(2.0, "mean")})
+    log.close()
+    options = {"project": "posttrain", "name": tmp_path.name, **({"dir": str(tmp_path)} if name == "wandb" else {})}
+    assert calls == [options, options, (3, {"reward/mean": 0.5, "loss": 2.0}), "finish"]
 
 
 def test_wilson_interval_by_hand() -> None:

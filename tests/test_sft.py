@@ -8,31 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from sft_trainers import build_trainer, first_gradient, reference_model, relative_gap, samples_of, write_chats
+from sft_trainers import build_trainer, first_gradient, reference_model, relative_gap, samples_of, save_random
 from torch.nn import functional as nnf
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 
 from data.chat import build_tokenizer
 from data.records import Record
 from posttrain import checkpoint
-from posttrain.model.load import save_policy
 from posttrain.sft_data import IGNORED, Cursor, PackedStream, RowCounts, RowMaker, Rows
 from posttrain.sft_trainer import PolicyTrainer
 
 
 @pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    write_chats(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def qwen_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3-MoE with random weights."""
-    tokenizer = build_tokenizer()
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
+    return save_random(
+        tmp_path_factory.mktemp("qwen"),
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
         hidden_size=64,
         intermediate_size=96,
         moe_intermediate_size=32,
@@ -43,15 +36,7 @@ def qwen_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_experts=8,
         num_experts_per_tok=2,
         router_aux_loss_coef=0.001,
-        max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("qwen")
-    save_policy(Qwen3MoeForCausalLM(config), tokenizer, path)
-    return path
 
 
 @pytest.fixture

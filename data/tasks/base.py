@@ -123,6 +123,18 @@ class TaskFamily(ABC):
             index += 1
         return list(distinct.values())
 
+    def distinct(self, level: int) -> int:
+        """How many distinct evaluation problems a level can give; of a large level half of them.
+
+        Raises:
+            ValueError: unknown level.
+        """
+        self._check(level, "eval")
+        if self.space(level) <= COUNTABLE:
+            return _count_eval(self, level)
+        # Collecting nearly all of a large level would take for ever.
+        return self.space(level) // (2 * EVAL_SHARE)
+
     def _check(self, level: int, split: str) -> None:
         if level not in self.levels:
             raise ValueError(f"task {self.name!r} has no level {level}; its levels are {list(self.levels)}")
@@ -130,14 +142,9 @@ class TaskFamily(ABC):
             raise ValueError(f"unknown split {split!r} of task {self.name!r}; use one of {list(get_args(Split))}")
 
     def _check_distinct(self, level: int, size: int) -> None:
-        if self.space(level) <= COUNTABLE:
-            available = _count_eval(self, level)
-            how_many = f"exactly {available}"
-        else:
-            # Collecting nearly all of a large level would take for ever, so half of it is the limit.
-            available = self.space(level) // (2 * EVAL_SHARE)
-            how_many = f"up to {available}"
+        available = self.distinct(level)
         if size > available:
+            how_many = f"{'exactly' if self.space(level) <= COUNTABLE else 'up to'} {available}"
             raise ValueError(
                 f"task {self.name!r} level {level} can give {how_many} distinct eval problems, not {size}; "
                 f"ask for fewer or add higher levels (it has {list(self.levels)})"

@@ -30,6 +30,7 @@ NAMES = (
     "frames",
     "longbench_v2",
     "humaneval",
+    "humaneval_mul",
     "mbpp",
     "livecodebench",
     "reward_bench",

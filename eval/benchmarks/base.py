@@ -101,6 +101,7 @@ class Benchmark:
         name: in recipes.
         title: in tables.
         hub: where the rows are; None for problems that `generate` makes.
+        more_hubs: other data sets whose rows belong to it.
         generate: offline problems: (how many or None for all, seed) -> problems.
         columns: that a row must have.
         problem: a row -> its problem, or None for a row that does not count.
@@ -112,6 +113,7 @@ class Benchmark:
         num_samples, temperature, top_p, max_completion_length: how answers are drawn.
         final_answer: completion -> its final answer, where a majority of answers makes sense (cons@k).
         needs: without which it cannot run.
+        languages: of its programs, where they are several: kinds of its problems; see `rewards.sandbox.languages`.
         is_pairwise: the grader compares with `Problem.baseline`; the number is the share of points won.
         shortens: the middle of prompts that are too long is left out, as the benchmark prescribes.
         macro: the number is the mean over these parts, and a part's the mean over its groups of kinds; empty: over problems.
@@ -124,6 +126,7 @@ class Benchmark:
     name: str
     title: str
     hub: Hub | None = None
+    more_hubs: tuple[Hub, ...] = ()
     generate: Callable[[int | None, int], Sequence[Problem]] | None = None
     columns: tuple[str, ...] = ()
     problem: Callable[[Row], Problem | None] | None = None
@@ -138,6 +141,7 @@ class Benchmark:
     max_completion_length: int = 8192
     final_answer: Callable[[str], str | None] | None = None
     needs: tuple[Need, ...] = ()
+    languages: tuple[str, ...] = ()
     is_pairwise: bool = False
     shortens: bool = False
     macro: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
@@ -164,6 +168,43 @@ BOXED = "Reason step by step and put the final answer in \\boxed{}."
 def mathematics(question: str) -> str:
     """A prompt whose answer stands in a box."""
     return f"{question.strip()}\n\n{BOXED}"
+
+
+def competition(
+    *, name: str, title: str, hub: Hub, question: str, source: str, published: str | None = None, departs: str = ""
+) -> Benchmark:
+    """A mathematics competition with short answers, measured as in DeepSeek-R1's README.
+
+    Args:
+        name, title, hub, source, published, departs: see `Benchmark`.
+        question: the column with the problem; the answer's is `answer`, and a problem's name may stand in `id`.
+    """
+
+    def problem(row: Row) -> Problem:
+        return Problem(
+            prompt=mathematics(row[question]),
+            question=row[question],
+            answer=str(row["answer"]),
+            id=str(row["id"]) if "id" in row else None,
+        )
+
+    return Benchmark(
+        name=name,
+        title=title,
+        hub=hub,
+        columns=(question, "answer"),
+        problem=problem,
+        reward="rewards.math_answer:score",
+        metric="pass@1",
+        num_samples=64,
+        temperature=0.6,
+        top_p=0.95,
+        max_completion_length=32768,
+        final_answer=boxed_number,
+        published=published,
+        source=source,
+        departs=departs,
+    )
 
 
 def choice(question: str, choices: Sequence[str]) -> str:

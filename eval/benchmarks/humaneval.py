@@ -63,5 +63,5 @@ BENCHMARK = Benchmark(
     needs=("sandbox",),
     published="HumanEval (base)",
     source="greedy pass@1 by the data set's own check function, run in the sandbox beside the program",
-    departs="published numbers are of base models; Python only, where HumanEval-Mul of chat tables has eight languages",
+    departs="published numbers are of base models; chat tables have HumanEval-Mul, which is humaneval_mul here",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ def load(
     size: int | None = None,
     num_fewshot: int | None = None,
     seed: int = 0,
+    languages: Sequence[str] | None = None,
 ) -> Loaded:
     """The problems of a benchmark, in its order.
 
@@ -31,6 +32,7 @@ def load(
         size: so many, the first ones; None is all.
         num_fewshot: worked examples before each; None: as the benchmark says.
         seed: of problems that are made.
+        languages: of programs; the problems in others are left out. None: all of the benchmark's.
 
     Raises:
         ValueError: data that cannot be read, a column that is missing, fewer problems than `size`, or no worked examples
@@ -41,7 +43,7 @@ def load(
     if path is None and benchmark.generate is not None:
         problems = list(benchmark.generate(size, seed))
     else:
-        problems, left_out = _from_rows(benchmark, path, size)
+        problems, left_out = _from_rows(benchmark, path, size, languages)
     if not problems or (size is not None and len(problems) < size):
         raise ValueError(f"{benchmark.name} has {len(problems)} problems, fewer than size {size or 1}; lower size")
     before = _demonstrations(benchmark, path, shots) if shots else ()
@@ -49,7 +51,9 @@ def load(
     return Loaded(tuple(problems), chats, left_out)
 
 
-def _from_rows(benchmark: Benchmark, path: str | None, size: int | None) -> tuple[list[Problem], int]:
+def _from_rows(
+    benchmark: Benchmark, path: str | None, size: int | None, languages: Sequence[str] | None
+) -> tuple[list[Problem], int]:
     if benchmark.problem is None:
         raise ValueError(f"{benchmark.name} makes its problems itself; remove path")
     problems, left_out = [], 0
@@ -64,7 +68,7 @@ def _from_rows(benchmark: Benchmark, path: str | None, size: int | None) -> tupl
             problem = benchmark.problem(row)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise ValueError(f"{place}: no row of {benchmark.name}: {type(error).__name__}: {error}") from error
-        if problem is None:
+        if problem is None or (languages is not None and problem.kind not in languages):
             left_out += 1
             continue
         problems.append(problem)
@@ -79,12 +83,16 @@ def rows(benchmark: Benchmark, path: str | None, split: str | None = None) -> It
     Raises:
         ValueError: nothing there, or not readable.
     """
-    hub = benchmark.hub
-    assert hub is not None  # a benchmark with rows says where they are
-    wanted = split or hub.split
+    assert benchmark.hub is not None  # a benchmark with rows says where they are
+    wanted = split or benchmark.hub.split
     if path is not None and find_files(path, wanted) is not None:
         yield from ((row.place, _object(benchmark, row)) for row in all_rows(path, wanted, None))
         return
+    for hub in (benchmark.hub, *(benchmark.more_hubs if path is None else ())):
+        yield from _hub_rows(benchmark, hub, path, split or hub.split)
+
+
+def _hub_rows(benchmark: Benchmark, hub: Hub, path: str | None, wanted: str) -> Iterator[tuple[str, Row]]:
     source = path or hub.path
     revision = hub.revision if source == hub.path else None
     if hub.files and source == hub.path:
@@ -147,7 +155,14 @@ def _demonstrations(benchmark: Benchmark, path: str | None, count: int) -> tuple
     return tuple(turns)
 
 
-def check(benchmark: Benchmark, path: str | None, *, has_judge: bool, sandbox: Mode) -> None:
+def check(
+    benchmark: Benchmark,
+    path: str | None,
+    *,
+    has_judge: bool,
+    sandbox: Mode,
+    languages: Sequence[str] | None = None,
+) -> None:
     """Say before anything heavy what a benchmark lacks.
 
     Args:
@@ -155,20 +170,28 @@ def check(benchmark: Benchmark, path: str | None, *, has_judge: bool, sandbox: M
         path: of its data, see `load`.
         has_judge: whether the recipe names one.
         sandbox: its kind, see `rewards.sandbox`.
+        languages: those of its programs that are asked for; None: all of them.
 
     Raises:
-        ValueError: no judge, no sandbox, or no package that ships the data.
+        ValueError: no judge, no sandbox, no compiler of a language, or no package that ships the data.
     """
+    unknown = [name for name in languages or () if name not in benchmark.languages]
+    if unknown:
+        raise ValueError(
+            f"{benchmark.name} has no problems in {unknown[0]!r}; "
+            + (f"use some of {', '.join(benchmark.languages)}" if benchmark.languages else "remove languages")
+        )
     if "judge" in benchmark.needs and not has_judge:
         raise ValueError(
             f"{benchmark.name} is graded by a language model: add eval.judge: {{model: ..., base_url: ...}}"
         )
     if "sandbox" in benchmark.needs:
+        wanted = benchmark.languages if languages is None else languages
         try:
-            shared_pool(sandbox)
+            for language in wanted or ("python",):
+                shared_pool(sandbox, language=language)
         except SandboxUnavailableError as error:
-            raise ValueError(
-                f"{benchmark.name} runs programs that the model wrote: {error}; or set eval.sandbox"
-            ) from error
+            other = "choose languages" if benchmark.languages else "set eval.sandbox"
+            raise ValueError(f"{benchmark.name} runs programs that the model wrote: {error}; or {other}") from error
     if benchmark.name == "humaneval" and path is None and benchmark.generate is not None:
         benchmark.generate(1, 0)

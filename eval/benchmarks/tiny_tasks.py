@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from data.sources import task_records
-from data.tasks import get_task, task_names
+from data.tasks import TaskFamily, get_task, task_names
 from eval.benchmarks.base import Benchmark, Problem
 from rewards.extract import final_answer
 
@@ -13,14 +14,14 @@ PER_FAMILY = 100
 
 
 def generated(size: int | None, seed: int) -> Sequence[Problem]:
-    """Evaluation problems of each family, its levels in turn; `size` in all."""
+    """Evaluation problems of each family, level by level; `size` in all."""
     names = task_names()
     found = []
     for place, name in enumerate(names):
         count = PER_FAMILY if size is None else len(range(place, size, len(names)))
-        if not count:
-            continue
-        for record in task_records(name, get_task(name).levels, "eval", count, seed):
+        shares = _shares(get_task(name), count)
+        records = (task_records(name, (level,), "eval", share, seed) for level, share in shares.items())
+        for record in chain.from_iterable(records):
             text = record.messages[-1]["content"]
             found.append(
                 Problem(
@@ -33,6 +34,18 @@ def generated(size: int | None, seed: int) -> Sequence[Problem]:
                 )
             )
     return found
+
+
+def _shares(family: TaskFamily, count: int) -> dict[int, int]:
+    """How many problems each level gives: as many as the others, or all that it has."""
+    shares = dict.fromkeys(family.levels, 0)
+    while missing := count - sum(shares.values()):
+        open_levels = [level for level, share in shares.items() if share < family.distinct(level)]
+        if not open_levels:
+            break
+        for level in open_levels[:missing]:
+            shares[level] += 1
+    return shares
 
 
 BENCHMARK = Benchmark(

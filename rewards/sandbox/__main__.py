@@ -6,9 +6,10 @@ import argparse
 import sys
 from typing import get_args
 
-from rewards.sandbox import Mode, Pool, SandboxUnavailableError, run
+from rewards.sandbox import LANGUAGES, Mode, Pool, SandboxUnavailableError, run
 from rewards.sandbox.confine import landlock_version
 from rewards.sandbox.launch import find_bubblewrap, find_interpreter
+from rewards.sandbox.toolchain import find_toolchain
 
 # (what, a program that must fail with an exception)
 TRIES = (
@@ -17,6 +18,14 @@ TRIES = (
     ("start a process", "import os; os.fork()"),
     ("take 4 GB of memory", "bytearray(4 << 30)"),
 )
+
+
+HELLO = {  # a program of each language but Python
+    "bash": "echo hello",
+    "cpp": '#include <cstdio>\nint main() { std::puts("hello"); }',
+    "java": 'class Main { public static void main(String[] words) { System.out.println("hello"); } }',
+    "javascript": "console.log('hello')",
+}
 
 
 def main() -> int:
@@ -41,7 +50,22 @@ def main() -> int:
         stopped = outcome.status in ("crash", "memory")
         print(f"{'stopped' if stopped else 'NOT STOPPED':<12} {what}: {outcome.detail or outcome.status}")
         failed = failed or not stopped
+    for name in LANGUAGES if mode == "bubblewrap" else ():
+        failed = (name != "python" and not _try_language(name)) or failed
     return int(failed)
+
+
+def _try_language(name: str) -> bool:
+    """Print whether programs of a language run; a language whose tools are not installed is no failure."""
+    try:
+        toolchain = find_toolchain(name)
+    except SandboxUnavailableError as error:
+        print(f"{name:<12} not here: {error}")
+        return True
+    outcome = run(HELLO[name], language=name)
+    tools = "" if toolchain is None else f" ({', '.join(toolchain.tools.values())})"
+    print(f"{name:<12} {outcome.status} {outcome.stdout.strip()} {outcome.detail}".rstrip() + tools)
+    return outcome.stdout == "hello\n"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import struct
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same numbers on every architecture
-_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
+_NOSUID_NODEV, _NOEXEC = 2 | 4, 8
 
 # Landlock's rights of access to files; see linux/landlock.h.
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _TRUNCATE = 1, 2, 4, 8, 1 << 14
@@ -50,10 +50,11 @@ def hide() -> None:
     _call("prctl", _PR_SET_DUMPABLE, _number(0), _number(0), _number(0), _number(0))
 
 
-def mount_scratch(path: str, size: int, files: int) -> None:
+def mount_scratch(path: str, size: int, files: int, execute: bool) -> None:
     """An empty file system in memory: `size` bytes, `files` files and directories. Needs CAP_SYS_ADMIN."""
     options = f"size={size},nr_inodes={files + 1},mode=0700"  # the root directory counts as one
-    _call("mount", b"tmpfs", path.encode(), b"tmpfs", _number(_NOSUID_NODEV_NOEXEC), options.encode())
+    flags = _NOSUID_NODEV if execute else _NOSUID_NODEV | _NOEXEC
+    _call("mount", b"tmpfs", path.encode(), b"tmpfs", _number(flags), options.encode())
 
 
 def unmount_scratch(path: str) -> None:
@@ -94,7 +95,7 @@ def forbid_new_privileges() -> None:
     _call("prctl", _PR_SET_NO_NEW_PRIVS, _number(1), _number(0), _number(0), _number(0))
 
 
-def restrict_files(readable: list[str], scratch: str, execute: bool) -> None:
+def restrict_files(readable: list[str], scratch: str, execute: bool, execute_scratch: bool) -> None:
     """Landlock: read below `readable`, everything ordinary below `scratch` ("" for none), nothing else anywhere.
 
     Also no TCP (version 4), no abstract sockets and no signals outside (version 6). Does nothing without Landlock.
@@ -110,7 +111,7 @@ def restrict_files(readable: list[str], scratch: str, execute: bool) -> None:
     rules = [(path, read) for path in readable]
     rules += [("/dev/null", _READ_FILE | _WRITE_FILE), ("/dev/urandom", _READ_FILE)]
     if scratch:
-        rules.append((scratch, _IN_SCRATCH))
+        rules.append((scratch, _IN_SCRATCH | (_EXECUTE if execute_scratch else 0)))
     for path, rights in rules:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         if not os.path.isdir(path):

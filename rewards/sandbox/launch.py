@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -120,29 +121,39 @@ def _inspect(executable: str) -> Interpreter:
     wanted += [f"/usr/lib/{multiarch}", f"/lib/{multiarch}"] if multiarch else ["/usr/lib", "/lib"]
     if facts["prefix"] != "/usr":  # a libpython of its own, beside the standard library
         wanted.append(f"{facts['prefix']}/lib")
-    readable: list[str] = []
-    for path in sorted({os.path.realpath(path) for path in wanted if os.path.exists(path)}, key=len):
-        if not any(Path(path).is_relative_to(other) for other in readable):
-            readable.append(path)
     packages = [f"{path}/{name}" for path in facts["paths"] for name in ("site-packages", "dist-packages")]
     masked = sorted({os.path.realpath(path) for path in packages if os.path.isdir(path)})
-    return Interpreter(executable, tuple(facts["version"]), tuple(readable), tuple(masked))
+    return Interpreter(executable, tuple(facts["version"]), outermost(wanted), tuple(masked))
 
 
-def command(mode: Mode, interpreter: Interpreter, info: int) -> list[str]:
+def outermost(paths: Iterable[str]) -> tuple[str, ...]:
+    """Those of the paths that exist, without links, and without what lies in another of them."""
+    found: list[str] = []
+    for path in sorted({os.path.realpath(path) for path in paths if os.path.exists(path)}, key=len):
+        if not any(Path(path).is_relative_to(other) for other in found):
+            found.append(path)
+    return tuple(found)
+
+
+def command(mode: Mode, interpreter: Interpreter, info: int, tools: Sequence[str] | None = None) -> list[str]:
     """The command line of one sandbox.
 
     Args:
         mode: see `rewards.sandbox`.
         interpreter: of the programs.
         info: file descriptor on which bubblewrap tells the process id of the sandbox's first process.
+        tools: directories and files of a language other than Python, see `toolchain`; None: there is none.
 
     Raises:
-        SandboxUnavailableError: bubblewrap is missing; Landlock is asked for and too old.
+        SandboxUnavailableError: bubblewrap is missing; Landlock is asked for and too old, or for another language.
         ValueError: unknown mode.
     """
     python = [interpreter.executable, *PYTHON_FLAGS, "-c", BOOTSTRAP]
     if mode == "landlock":
+        if tools is not None:
+            raise SandboxUnavailableError(
+                'sandbox="landlock" runs Python only, because it could not bound the processes of a compiler; use bubblewrap'
+            )
         if landlock_version() < OLDEST_LANDLOCK:
             raise SandboxUnavailableError(
                 f'sandbox="landlock" needs Linux 6.2 with Landlock switched on (interface {OLDEST_LANDLOCK}, this kernel '
@@ -155,14 +166,16 @@ def command(mode: Mode, interpreter: Interpreter, info: int) -> list[str]:
     words += ["--uid", str(NOBODY), "--gid", str(NOBODY), "--hostname", "sandbox", "--info-fd", str(info)]
     # Of its own namespace only, for a fresh /tmp with a bound on files per case; the program's process drops it.
     words += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]
-    for path in interpreter.readable:
+    for path in outermost((*interpreter.readable, *(tools or ()))):
         words += ["--ro-bind", path, path]
     for path in interpreter.masked:
         words += ["--tmpfs", path, "--remount-ro", path]
-    for link in ("/lib", "/lib64"):
+    for link in ("/lib", "/lib64", *(("/bin",) if tools is not None else ())):
         if os.path.islink(link):
             words += ["--symlink", os.readlink(link), link]
     words += ["--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom"]
+    if tools is not None:  # of the sandbox's own processes; <(...) in Bash opens /dev/fd
+        words += ["--proc", "/proc", "--symlink", "/proc/self/fd", "/dev/fd"]
     words += ["--dir", "/tmp", "--remount-ro", "/", "--chdir", "/"]
     for name, value in ENVIRONMENT.items():
         words += ["--setenv", name, value]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 Mode = Literal["bubblewrap", "landlock"]
 Status = Literal["ok", "crash", "timeout", "memory", "output", "infrastructure"]
+Step = Literal["compile", "run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,8 @@ class Outcome:
     """What one case of a program did.
 
     "ok": it ended by itself with exit code 0. "crash": another exit code, a signal, or the sandbox went down under it.
-    "timeout": wall clock or CPU time. "memory": its last words were MemoryError. "output": it wrote too much.
+    "timeout": wall clock or CPU time. "memory": its last words were MemoryError (Python alone says so; other programs
+    without memory crash). "output": it wrote too much.
     "infrastructure": the sandbox did not start, so nothing is known about the program; `detail` says why.
     """
 
@@ -83,4 +85,5 @@ class Outcome:
     seconds: float = 0.0  # wall clock
     cpu_seconds: float = 0.0  # user and system, of the program and the processes it waited for
     peak_bytes: int = 0  # largest resident set; includes the interpreter
+    step: Step = "run"  # the step that everything here is about: "compile" for a program that did not come to run
     detail: str = ""  # for people

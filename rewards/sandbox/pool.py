@@ -10,12 +10,13 @@ import contextlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from rewards.sandbox import launch
 from rewards.sandbox.limits import Limits, Mode
 from rewards.sandbox.process import Sandbox
+from rewards.sandbox.toolchain import find_toolchain
 
 
 class Pool:
@@ -29,18 +30,23 @@ class Pool:
         python: the interpreter of the programs; see `launch.find_interpreter`.
         workers: programs that run at a time.
         warm: sandboxes started ahead; 0 starts each when it is asked for.
+        language: of the programs; see `languages.LANGUAGES`.
 
     Raises:
-        SandboxUnavailableError: bubblewrap, Landlock or a usable Python is missing.
-        ValueError: unknown mode, no worker, or a negative number of warm ones.
+        SandboxUnavailableError: bubblewrap, Landlock, a usable Python or a tool of the language is missing.
+        ValueError: unknown mode or language, no worker, or a negative number of warm ones.
     """
 
-    def __init__(self, mode: Mode, python: str | None = None, workers: int = 1, warm: int = 1) -> None:
+    def __init__(
+        self, mode: Mode, python: str | None = None, workers: int = 1, warm: int = 1, language: str = "python"
+    ) -> None:
         if workers < 1 or warm < 0:
             raise ValueError(f"a pool needs at least 1 worker and 0 warm ones, got workers={workers}, warm={warm}")
         self._interpreter = launch.find_interpreter(python)
-        launch.command(mode, self._interpreter, info=0)  # says now what is missing
-        self._start: Callable[[], Sandbox] = partial(Sandbox, mode, self._interpreter)
+        toolchain = find_toolchain(language)
+        # Says now what is missing.
+        launch.command(mode, self._interpreter, info=0, tools=None if toolchain is None else toolchain.readable)
+        self._start: Callable[[], Sandbox] = partial(Sandbox, mode, self._interpreter, toolchain)
         self._warm = warm
         self._slots = threading.BoundedSemaphore(workers)
         self._changed = threading.Condition()
@@ -52,8 +58,8 @@ class Pool:
         self._starter.start()
 
     @contextlib.contextmanager
-    def sandbox(self, program: str, limits: Limits) -> Iterator[Sandbox]:
-        """A sandbox with the program loaded; on leaving, everything in it is killed and gone.
+    def sandbox(self, program: str | Mapping[str, str], limits: Limits) -> Iterator[Sandbox]:
+        """A sandbox with the program loaded, see `Sandbox.load`; on leaving, everything in it is killed and gone.
 
         Raises:
             OSError: no process can be started.
@@ -115,20 +121,23 @@ class Pool:
         self._ready.clear()
 
 
-_pools: dict[tuple[int, Mode, str | None], Pool] = {}
+_pools: dict[tuple[int, Mode, str | None, str], Pool] = {}
 _lock = threading.Lock()
 
 
-def shared_pool(mode: Mode, python: str | None = None) -> Pool:
-    """This process's pool: one worker per usable core, as many warm. Made at the first call. A forked child gets its own.
+def shared_pool(mode: Mode, python: str | None = None, language: str = "python") -> Pool:
+    """This process's pool: one worker per usable core. Made at the first call. A forked child gets its own.
+
+    As many sandboxes stand ready for Python; for other languages none, since compiling takes longer than a start.
 
     Raises what `Pool` raises.
     """
-    key = (os.getpid(), mode, python)
+    key = (os.getpid(), mode, python, language)
     with _lock:
         if key not in _pools:
             cores = len(os.sched_getaffinity(0))
-            _pools[key] = Pool(mode, python, workers=cores, warm=cores)
+            warm = cores if language == "python" else 0
+            _pools[key] = Pool(mode, python, workers=cores, warm=warm, language=language)
         return _pools[key]
 
 

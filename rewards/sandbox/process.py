@@ -10,18 +10,21 @@ import signal
 import struct
 import subprocess
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from rewards.sandbox import launch
 from rewards.sandbox.launch import Interpreter
-from rewards.sandbox.limits import Call, Limits, Mode, Outcome, Status, Stdin
+from rewards.sandbox.limits import Call, Limits, Mode, Outcome, Status, Stdin, Step
 from rewards.sandbox.seccomp import OWN_PID, build_filter
+from rewards.sandbox.toolchain import ENVIRONMENT, Toolchain
 from rewards.sandbox.values import encode
 
 START_SECONDS = 30.0  # for bubblewrap and Python to start; a machine that needs longer is overloaded
 GRACE_SECONDS = 2.0  # beyond a case's own time, for the supervisor inside to kill it and report
 MAX_HEADER = 1 << 16  # bytes
+COMPILING = Limits(seconds=60.0, cpu_seconds=40, memory_bytes=4 * 2**30)  # the rest is as for the program
 
 
 class SandboxGoneError(Exception):
@@ -31,16 +34,22 @@ class SandboxGoneError(Exception):
 class Sandbox:
     """A started sandbox. Serves the cases of one program, then is thrown away. For one thread at a time.
 
+    Args:
+        mode: "bubblewrap" or "landlock".
+        interpreter: of the sandbox itself, and of Python programs.
+        toolchain: of programs in another language.
+
     Raises:
         SandboxUnavailableError: bubblewrap or a usable Python is missing.
         OSError: no process can be started.
     """
 
-    def __init__(self, mode: Mode, interpreter: Interpreter) -> None:
+    def __init__(self, mode: Mode, interpreter: Interpreter, toolchain: Toolchain | None = None) -> None:
         info, info_end = os.pipe()
+        readable = None if toolchain is None else toolchain.readable
         try:
             self._process = subprocess.Popen(
-                launch.command(mode, interpreter, info_end),
+                launch.command(mode, interpreter, info_end, readable),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -56,7 +65,8 @@ class Sandbox:
             raise
         finally:
             os.close(info_end)
-        self._mode, self._interpreter, self._info = mode, interpreter, info
+        self._mode, self._interpreter, self._toolchain, self._info = mode, interpreter, toolchain, info
+        self._steps: list[tuple[Step, Limits]] = []  # with the limits of each
         self._first: int | None = None  # a pidfd of the sandbox's first process; bubblewrap only
         self._limits = Limits()
         self._begin = time.monotonic()
@@ -67,24 +77,34 @@ class Sandbox:
         except SandboxGoneError as error:
             self._lose(error)
 
-    def load(self, program: str, limits: Limits) -> None:
+    def load(self, program: str | Mapping[str, str], limits: Limits) -> None:
         """Wait until the sandbox stands and hand it the program. Failures show in the outcomes of `run`.
 
+        Args:
+            program: its text; or its files by their names, the language's own file among them.
+            limits: of the program. Compiling has time and memory of its own.
+
         Raises:
-            ValueError: limits that the mode cannot keep.
+            ValueError: limits that the mode cannot keep, or no file that the language runs.
         """
         if limits.subprocesses and self._mode == "landlock":
             raise ValueError(
                 'limit subprocesses must be false with sandbox "landlock": it could not be held; use bubblewrap'
             )
+        name = "program.py" if self._toolchain is None else self._toolchain.language.file
+        files = {name: program} if isinstance(program, str) else dict(program)
+        if name not in files or (self._toolchain is None and len(files) > 1):
+            raise ValueError(f"the program must have a file {name}; it has {', '.join(files)}")
         self._limits = limits
         setup = {
             "mode": self._mode,
             "limits": asdict(limits),
-            "program": program,
-            "filter": build_filter(self._mode, limits).hex(),
+            "files": files,
+            "steps": self._plan(limits),
+            "environment": ENVIRONMENT,
+            "execute_scratch": self._toolchain is not None and self._toolchain.language.is_native,
             "own_pid_marker": OWN_PID,
-            "readable": self._interpreter.readable,
+            "readable": [*self._interpreter.readable, *(self._toolchain.readable if self._toolchain else ())],
         }
         try:
             if self._last is None:
@@ -95,8 +115,33 @@ class Sandbox:
             self._lose(error)
         self._begin = time.monotonic()
 
+    def _plan(self, limits: Limits) -> list[dict[str, Any]]:
+        """The steps of a case as the supervisor reads them."""
+        if self._toolchain is None:
+            self._steps = [("run", limits)]
+            commands: list[list[str]] = [[]]
+        else:
+            language = self._toolchain.language
+            own = replace(limits, memory_bytes=limits.memory_bytes + language.reserve_bytes, subprocesses=True)
+            self._steps = [("run", own)]
+            commands = [self._toolchain.command(language.run, limits.memory_bytes)]
+            if language.compile:
+                needed = {name: getattr(COMPILING, name) for name in ("seconds", "cpu_seconds", "memory_bytes")}
+                self._steps.insert(0, ("compile", replace(own, **needed)))
+                commands.insert(0, self._toolchain.command(language.compile, limits.memory_bytes))
+        return [
+            {"command": command, "limits": asdict(bounds), "filter": build_filter(self._mode, bounds).hex()}
+            for command, (_, bounds) in zip(commands, self._steps, strict=True)
+        ]
+
     def run(self, case: Stdin | Call) -> Outcome:
-        """Run one case, after those before it. After one that took the sandbox down, the others fail like it."""
+        """Run one case, after those before it. After one that took the sandbox down, the others fail like it.
+
+        Raises:
+            ValueError: a `Call` of a program that is not Python.
+        """
+        if isinstance(case, Call) and self._toolchain is not None:
+            raise ValueError(f"a Call needs a Python program; run one in {self._toolchain.language.title} with Stdin")
         if self._last is not None:
             return self._last
         left = self._begin + self._limits.total_seconds - time.monotonic()
@@ -115,7 +160,7 @@ class Sandbox:
         # From here on whatever goes wrong counts as the program's doing: breaking the sandbox must not pay.
         self._has_run = True
         try:
-            return self._finish(min(left, self._limits.seconds + GRACE_SECONDS))
+            return self._finish(min(left, sum(bounds.seconds for _, bounds in self._steps) + GRACE_SECONDS))
         except SandboxGoneError as error:
             status: Status = "timeout" if isinstance(error, SandboxLateError) else "crash"
             self._last = Outcome(status, detail=f"took its sandbox down: {error}")
@@ -149,8 +194,13 @@ class Sandbox:
         sizes = report.get("sizes")
         if not isinstance(sizes, list) or len(sizes) != 3 or not all(type(n) is int and 0 <= n <= bound for n in sizes):
             raise SandboxGoneError(f"malformed report {str(report)[:200]}")
+        place = report.get("step")
+        if type(place) is not int or not 0 <= place < len(self._steps):
+            raise SandboxGoneError(f"malformed report {str(report)[:200]}")
+        step, limits = self._steps[place]
         stdout, stderr, result = (self._read(size, deadline).decode("utf-8", "replace") for size in sizes)
-        status = _status(report, stderr, self._limits)
+        status = _status(report, stderr, limits)
+        said = _first_error(stderr) if step == "compile" else _last_line(stderr)
         return Outcome(
             status,
             stdout,
@@ -160,7 +210,8 @@ class Sandbox:
             seconds=float(report["seconds"]),
             cpu_seconds=float(report["cpu_seconds"]),
             peak_bytes=int(report["peak_bytes"]),
-            detail="" if status == "ok" else _last_line(stderr) or f"exit code {report['exit_code']}",
+            step=step,
+            detail="" if status == "ok" else said or f"exit code {report['exit_code']}",
         )
 
     def _learn_first(self) -> None:
@@ -262,6 +313,12 @@ def _status(report: dict[str, Any], stderr: str, limits: Limits) -> Status:
     if code == 0:
         return "ok"
     return "memory" if _last_line(stderr).startswith("MemoryError") else "crash"
+
+
+def _first_error(text: str) -> str:
+    """What a compiler says first that is wrong."""
+    lines = text.rstrip().splitlines()
+    return next((line[:200] for line in lines if "error:" in line), lines[-1][:200] if lines else "")
 
 
 def _last_line(text: str) -> str:

@@ -5,11 +5,14 @@ newer. It talks to `process.Sandbox` outside in frames on file descriptors 0 and
 report is followed by the raw bytes that its `sizes` announce.
 
     out  {"ready": true}                    the sandbox stands
-    in   {"program", "limits", ...}         see `Sandbox.load`
+    in   {"files", "steps", ...}            see `Sandbox.load`
     in   a case                             {"stdin"} or {"function", "args", "kwargs"}; any number, one after the other
     out  {"started": true}                  the child is confined; from here on, what goes wrong is the program's doing
          or {"failed": why}                 it could not be confined
-    out  {"exit_code", "ended", "sizes", ...}, stdout, stderr, result
+    out  {"exit_code", "ended", "step", "sizes", ...}, stdout, stderr, result
+
+A case has a child for each step: to compile, then to run; the first that does not end well is the last. A step without a
+command is the program itself, in this Python.
 
 The expected results are not known here, so a program that takes this process over gains nothing by it.
 """
@@ -80,42 +83,68 @@ def _take(count: int) -> bytes:
 
 
 def _serve(setup: Message, case: Message) -> Callable[[], None] | None:
-    """Run one case and report it; in the child, return what runs the program."""
-    namespaces = setup["mode"] == "bubblewrap"
+    """Run one case and report it; in a child, return what runs the program."""
+    namespaces, limits = setup["mode"] == "bubblewrap", setup["limits"]
     if namespaces:
-        confine.mount_scratch(SCRATCH, setup["limits"]["disk_bytes"], setup["limits"]["files"])
+        confine.mount_scratch(SCRATCH, limits["disk_bytes"], limits["files"], setup["execute_scratch"])
+    report: Message = {}
+    blobs: list[bytes] = []
+    for place, step in enumerate(setup["steps"]):
+        last = place == len(setup["steps"]) - 1
+        # The program's input is not for the compiler.
+        outcome = _run_step(setup, step, case if last else {}, place)
+        if callable(outcome):
+            return outcome
+        report, blobs = outcome
+        if report.get("exit_code") != 0 or report["ended"]:
+            break
+    if namespaces:
+        os.chdir("/")
+        confine.unmount_scratch(SCRATCH)
+    _send(report, *blobs)
+    return None
+
+
+def _run_step(
+    setup: Message, step: Message, case: Message, place: int
+) -> tuple[Message, list[bytes]] | Callable[[], None]:
+    """Run one step of a case; its report and stdout, stderr and result. In the child, what runs it."""
     pipes = [os.pipe() for _ in range(5)]
     (stdin, feed), (out, stdout), (err, stderr), (returned, result), (told, tell) = pipes
     child = os.fork()
     if child == 0:
         os.dup2(tell, FD_TELL)
         try:
-            _enter(setup, (stdin, stdout, stderr, result))
+            _enter(setup, step, (stdin, stdout, stderr, result))
         except BaseException as error:
             os.write(FD_TELL, f"{type(error).__name__}: {error}".encode())
             os._exit(1)
         os.write(FD_TELL, CONFINED)
         os.close(FD_TELL)
-        return _program(setup["program"], case)
+        if step["command"]:
+            return partial(_execute, step["command"], setup["environment"], setup["files"] if place == 0 else {})
+        return _program(next(iter(setup["files"].values())), case)
     for end in (stdin, stdout, stderr, result, tell):
         os.close(end)
     word = _read_all(told)
     if word == CONFINED:
-        _send({"started": True})
+        if place == 0:
+            _send({"started": True})
         data = case.get("stdin", "").encode("utf-8", "surrogatepass")
-        watch = _Watch(child, feed, data, (out, err, returned), setup["limits"])
-        report, blobs = watch.until_end(namespaces)
+        watch = _Watch(child, feed, data, (out, err, returned), step["limits"])
+        report, blobs = watch.until_end(setup["mode"] == "bubblewrap")
+        report["step"] = place
     else:
         os.waitpid(child, 0)
-        report, blobs = {"failed": word.decode("utf-8", "replace") or "the process died while it was confined"}, []
+        report = {
+            "failed": word.decode("utf-8", "replace") or "the process died while it was confined",
+            "ended": "failed",
+        }
+        blobs = []
         os.close(feed)
     for end in (out, err, returned):
         os.close(end)
-    if namespaces:
-        os.chdir("/")
-        confine.unmount_scratch(SCRATCH)
-    _send(report, *blobs)
-    return None
+    return report, blobs
 
 
 def _read_all(descriptor: int) -> bytes:
@@ -126,9 +155,9 @@ def _read_all(descriptor: int) -> bytes:
     return b"".join(parts)
 
 
-def _enter(setup: Message, ends: tuple[int, ...]) -> None:
+def _enter(setup: Message, step: Message, ends: tuple[int, ...]) -> None:
     """Confine this process for good."""
-    namespaces, limits = setup["mode"] == "bubblewrap", setup["limits"]
+    namespaces, limits = setup["mode"] == "bubblewrap", step["limits"]
     confine.die_with_parent()
     os.setsid()
     # First out of the way, then into place: an end may have the number that another is to get.
@@ -142,9 +171,26 @@ def _enter(setup: Message, ends: tuple[int, ...]) -> None:
     if namespaces:
         confine.drop_capabilities()
     confine.limit(limits, own_processes=namespaces)
-    confine.restrict_files(setup["readable"], SCRATCH if namespaces else "", execute=limits["subprocesses"])
+    confine.restrict_files(
+        setup["readable"],
+        SCRATCH if namespaces else "",
+        execute=limits["subprocesses"],
+        execute_scratch=setup["execute_scratch"],
+    )
     own_pid, marker = struct.pack("=I", os.getpid()), struct.pack("=I", setup["own_pid_marker"])
-    confine.filter_system_calls(bytes.fromhex(setup["filter"]).replace(marker, own_pid))
+    confine.filter_system_calls(bytes.fromhex(step["filter"]).replace(marker, own_pid))
+
+
+def _execute(command: list[str], environment: dict[str, str], files: dict[str, str]) -> None:
+    """Write the program's files, then become the command."""
+    for name, text in files.items():
+        os.makedirs(os.path.dirname(os.path.join(SCRATCH, name)), exist_ok=True)
+        with open(os.path.join(SCRATCH, name), "w", encoding="utf-8", errors="surrogatepass") as file:
+            file.write(text)
+    os.closerange(FD_RESULT, 1 << 16)
+    for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores them, and who is executed would inherit that
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    os.execve(command[0], command, environment)
 
 
 def _program(source: str, case: Message) -> Callable[[], None]:
