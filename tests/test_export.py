@@ -252,7 +252,7 @@ def test_fp8_is_not_trained_as_it_is(published: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=command):
         load_policy(str(published), **settings, trust_remote_code=False)
     file = tmp_path / "sft.yaml"
-    data = "datasets: [{task: letter_counting, levels: [1], size: 10}]"
+    data = "datasets: [{task: letter_counting, levels: [1], size: 10}]\ntraining: {max_steps: 1}"
     file.write_text(f"stage: sft\nmodel: {{model_name_or_path: {published}}}\n{data}\n")
     with pytest.raises(RecipeError, match=command):
         check_files(load_recipe(file), file)
@@ -336,13 +336,14 @@ def test_memory_stays_below_two_files(published: Path, tmp_path: Path, target: s
     shard = 32 * 2**20
     weight_map = {}
     dtype = torch.float8_e4m3fn if target == "bf16" else torch.bfloat16
+    expert = torch.randn(512, 1024).to(dtype)
     for number in range(6):
         weights: dict[str, torch.Tensor] = {}
-        for part in range(8):
+        for part in range(shard // expert.nbytes):
             name = f"model.layers.{number}.mlp.experts.{part}.up_proj.weight"
-            weights[name] = torch.randn(1024, 4 * 2**20 // dtype.itemsize // 1024).to(dtype)
+            weights[name] = expert.clone()
             if dtype == torch.float8_e4m3fn:
-                weights[f"{name}_scale_inv"] = torch.rand(8, 32)
+                weights[f"{name}_scale_inv"] = torch.rand(4, 8)
         file = f"model-{number + 1:05d}-of-000006.safetensors"
         save_file(weights, source / file)
         weight_map |= dict.fromkeys(weights, file)

@@ -7,13 +7,14 @@ routed experts, which the model holds fused, each expert's share is computed by 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import load_peft_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.model import lora
@@ -42,15 +43,11 @@ class AdapterDeltas:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         try:
-            adapted = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True, torch_device="cpu")
+            adapted = get_peft_model(model, LoraConfig.from_pretrained(str(adapter)))
+            _fill(adapted, load_peft_weights(str(adapter), device="cpu"))
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{adapter}: these adapters are not for {checkpoint}: {error}") from None
         self._deltas = dict(_deltas(adapted))
-        empty = [name for name, p in adapted.named_parameters() if ".lora_" in name and p.is_meta]
-        if empty or not self._deltas:
-            raise ValueError(
-                f"{adapter}: these adapters are not for {checkpoint}: nothing saved for {empty[:1] or 'any weight'}"
-            )
 
     def names(self) -> set[str]:
         """The weights that are changed, as a checkpoint names them."""
@@ -60,6 +57,16 @@ class AdapterDeltas:
     def delta(self, name: str) -> torch.Tensor:
         """What is added to a weight: float32, of its shape."""
         return self._deltas[name]()
+
+
+def _fill(adapted: PeftModel, saved: Mapping[str, torch.Tensor]) -> None:
+    """Give the adapters, which are as empty as the model, the saved tensors. peft's own loading would move them to the model's
+    device, where nothing has a value.
+    """
+    names = {name.replace(".default.", "."): name for name, _ in adapted.named_parameters() if ".lora_" in name}
+    if names.keys() != saved.keys():
+        raise ValueError(f"{min(names.keys() ^ saved.keys())} is on one side only")
+    adapted.load_state_dict({names[name]: tensor for name, tensor in saved.items()}, strict=False, assign=True)
 
 
 def _deltas(adapted: PeftModel) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:

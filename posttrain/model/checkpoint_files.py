@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
@@ -69,7 +69,10 @@ class CheckpointFiles:
         if not (directory / CONFIG_NAME).is_file():
             raise ValueError(f"{directory} is no checkpoint in Hugging Face format: it has no {CONFIG_NAME}")
         self.config: dict[str, Any] = json.loads((directory / CONFIG_NAME).read_text())
-        self._places = tensor_files(directory)
+        try:
+            self._places = tensor_files(directory)
+        except SafetensorError as error:
+            raise ValueError(f"{directory}: a .safetensors file cannot be read: {error}") from None
         if not self._places:
             raise ValueError(f"{directory} has no .safetensors files; convert the weights to safetensors first")
         self._open: dict[Path, Any] = {}
@@ -107,7 +110,7 @@ class CheckpointFiles:
             try:
                 # Not mapped into memory: pages of a file that was read count as the process's own.
                 self._open[path] = safe_open(path, framework="pt", backend="pread")
-            except Exception as error:  # the library's own type, for a file that is cut off
+            except SafetensorError as error:
                 raise ValueError(f"{self.directory}: {path.name} cannot be read: {error}") from None
         return self._open[path]
 

@@ -102,15 +102,17 @@ class Conversion:
         scale_name = info.name + fp8.SCALE_SUFFIX
         tensor = self.files.read(info.name)
         if self._is_copied(info):
-            scales = {scale_name: self.files.read(scale_name)} if scale_name in self.files.tensors else {}
-            return {info.name: tensor, **scales}
+            scaled = scale_name in self.files.tensors
+            return {info.name: tensor} | ({scale_name: self.files.read(scale_name)} if scaled else {})
+        requantized, changed = self._is_written_as_fp8(info), self._changes(info)
         if info.dtype == fp8.E4M3:
             assert self._block is not None
-            tensor = fp8.dequantize(tensor, self.files.read(scale_name), self._block)
-        if self._changes(info):
+            dtype = torch.float32 if requantized or changed else self._float(info)
+            tensor = fp8.dequantize(tensor, self.files.read(scale_name), self._block, dtype)
+        if changed:
             assert self._deltas is not None
             tensor = tensor.float() + self._deltas.delta(info.name)
-        if self._is_written_as_fp8(info):
+        if requantized:
             weight, scales = fp8.quantize(tensor)
             return {info.name: weight, scale_name: scales}
         return {info.name: tensor.to(self._float(info))}

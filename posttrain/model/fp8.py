@@ -27,16 +27,22 @@ QUANTIZATION_CONFIG: dict[str, Any] = {
 }
 
 
-def dequantize(weight_MN: torch.Tensor, scale_RC: torch.Tensor, block: tuple[int, int] = BLOCK) -> torch.Tensor:
-    """The values that an FP8 weight stands for: float32 products, as DeepSeek's conversion computes them.
+def dequantize(
+    weight_MN: torch.Tensor,
+    scale_RC: torch.Tensor,
+    block: tuple[int, int] = BLOCK,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The values that an FP8 weight stands for: float32 products, rounded to `dtype`, as DeepSeek's conversion computes them.
 
     Args:
         weight_MN: e4m3.
         scale_RC: of its blocks, any floating type.
         block: rows and columns of a block.
+        dtype: of the result.
 
     Returns:
-        float32 [M, N]. Rounding that to bfloat16 gives what DeepSeek's conversion writes.
+        [M, N].
 
     Raises:
         ValueError: not e4m3, or scales of another shape.
@@ -51,12 +57,12 @@ def dequantize(weight_MN: torch.Tensor, scale_RC: torch.Tensor, block: tuple[int
             f"a weight of shape {tuple(weight_MN.shape)} has {blocks[0]} x {blocks[1]} blocks of {block[0]} x {block[1]}, "
             f"but its scales are {scale_RC.dtype} of shape {tuple(scale_RC.shape)}"
         )
-    found_MN = weight_MN.float()
-    scale_RC = scale_RC.float()
     rows, columns = block
-    for row in range(blocks[0]):  # a strip of blocks at a time: no second matrix of that size
-        scale_N = scale_RC[row].repeat_interleave(columns)[: found_MN.shape[1]]
-        found_MN[row * rows : (row + 1) * rows] *= scale_N
+    found_MN = torch.empty(weight_MN.shape, dtype=dtype)
+    for row in range(blocks[0]):  # a row of blocks at a time, so that float32 needs little memory
+        place = slice(row * rows, (row + 1) * rows)
+        scale_N = scale_RC[row].float().repeat_interleave(columns)[: weight_MN.shape[1]]
+        found_MN[place] = weight_MN[place].float() * scale_N
     return found_MN
 
 
@@ -76,19 +82,24 @@ def quantize(weight_MN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if weight_MN.dim() != 2:
         raise ValueError(f"a weight of shape {tuple(weight_MN.shape)}; matrices are quantized")
-    m, n = weight_MN.shape
-    r, c = num_blocks(weight_MN.shape, BLOCK)
     rows, columns = BLOCK
-    padded_MN = nn.functional.pad(weight_MN.float(), (0, c * columns - n, 0, r * rows - m))
-    blocks_RICJ = padded_MN.view(r, rows, c, columns)
-    largest_RC = blocks_RICJ.abs().amax(dim=(1, 3))
-    if not torch.isfinite(largest_RC).all():
-        raise ValueError("a weight that is not finite cannot be quantized; look for where the run diverged")
-    scale_RC = torch.where(largest_RC > 0, largest_RC / LARGEST, 1.0)
-    # Of a block of tiny values the quotient may be 0, or so small that dividing by it overflows.
-    scale_RC = scale_RC.clamp(min=torch.finfo(torch.float32).tiny)
-    found_RICJ = (blocks_RICJ / scale_RC[:, None, :, None]).clamp(-LARGEST, LARGEST)
-    return found_RICJ.reshape(r * rows, c * columns)[:m, :n].to(E4M3).contiguous(), scale_RC
+    r, c = num_blocks(weight_MN.shape, BLOCK)
+    n = weight_MN.shape[1]
+    found_MN, scale_RC = torch.empty(weight_MN.shape, dtype=E4M3), torch.empty(r, c)
+    for row in range(r):  # a row of blocks at a time, so that float32 needs little memory
+        place = slice(row * rows, (row + 1) * rows)
+        padded_IN = nn.functional.pad(weight_MN[place].float(), (0, c * columns - n))
+        strip_ICJ = padded_IN.view(-1, c, columns)
+        largest_C = strip_ICJ.abs().amax(dim=(0, 2))
+        if not torch.isfinite(largest_C).all():
+            raise ValueError("a weight that is not finite cannot be quantized; look for where the run diverged")
+        scale_C = torch.where(largest_C > 0, largest_C / LARGEST, 1.0)
+        # Of a block of tiny values the quotient may be 0, or so small that dividing by it overflows.
+        scale_C = scale_C.clamp(min=torch.finfo(torch.float32).tiny)
+        scaled_ICJ = (strip_ICJ / scale_C[:, None]).clamp(-LARGEST, LARGEST)
+        found_MN[place] = scaled_ICJ.reshape(padded_IN.shape)[:, :n].to(E4M3)
+        scale_RC[row] = scale_C
+    return found_MN, scale_RC
 
 
 def num_blocks(shape: torch.Size | tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:

@@ -92,7 +92,7 @@ def require_loadable(path: str, *, trust_remote_code: bool) -> None:
         ValueError: the checkpoint is FP8; the message has the command that converts it.
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    section = getattr(config, "quantization_config", None)
+    section: Any = getattr(config, "quantization_config", None)
     require_trainable(path, section.to_dict() if hasattr(section, "to_dict") else section)
 
 
