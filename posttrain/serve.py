@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import secrets
 import shlex
 import sys
@@ -105,9 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--served-model-name", metavar="NAME", help="what clients call it (default: the run's name)")
     parser.add_argument("--speculative", action="store_true", help="draft with the multi-token prediction module")
     parser.add_argument("--chat-template", metavar="FILE", help="instead of the checkpoint's own")
-    parser.add_argument(
-        "--reasoning-parser", metavar="NAME", help="of vLLM, or none (default: deepseek_r1 where the template thinks)"
-    )
+    parser.add_argument("--reasoning-parser", metavar="NAME", help="of vLLM, or none (default: by the chat template)")
     parser.add_argument("--dtype", help="default: the checkpoint's, but bfloat16 for float32 on a GPU")
     parser.add_argument("--max-model-len", type=int, metavar="N", help="default: what the policy was built for")
     parser.add_argument("--print", action="store_true", help="print the command that would run, and stop")
@@ -132,7 +131,7 @@ def server_flags(options: ServeOptions, machine: Machine) -> list[str]:
         flags += ["--max-model-len", str(options.max_model_len)]
     if options.chat_template is not None:
         flags += ["--chat-template", options.chat_template]
-    parser = options.reasoning_parser or ("deepseek_r1" if "</think>" in template else "none")
+    parser = options.reasoning_parser or reasoning_parser(template)
     if parser != "none":
         flags += ["--reasoning-parser", parser]
     if options.speculative:
@@ -179,6 +178,16 @@ def chat_template(options: ServeOptions) -> str:
     if not found:
         raise ValueError(f"{options.checkpoint} has no chat template; give one with --chat-template FILE")
     return found if isinstance(found, str) else json.dumps(found)
+
+
+def reasoning_parser(template: str) -> str:
+    """vLLM's parser for what the policy writes after this template; "none" where it is not told to think.
+
+    Templates like DeepSeek-V3.1's have a switch `thinking`, which that parser follows from request to request.
+    """
+    if "</think>" not in template:
+        return "none"
+    return "deepseek_v3" if re.search(r"\bthinking\b", template) else "deepseek_r1"
 
 
 def served_name(options: ServeOptions) -> str:

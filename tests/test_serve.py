@@ -71,6 +71,8 @@ def test_flags_follow_checkpoint_and_machine(tmp_path: Path) -> None:
         "3",
     ]
     assert "--reasoning-parser" not in flags
+    switched = made(tmp_path / "switched", template="{% if thinking %}<think>{% else %}</think>{% endif %}")
+    assert value(server_flags(ServeOptions(switched), GPU), "--reasoning-parser") == "deepseek_v3"
     plain = made(tmp_path / "plain", template="")
     with pytest.raises(ValueError, match="has no chat template; give one with --chat-template"):
         server_flags(ServeOptions(plain), CPU)
