@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--check", action="store_true", help="load what was written in transformers and vLLM and compare"
     )
     options = parser.parse_args(argv)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of a checked engine, only what the check says matters
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -139,7 +140,7 @@ def export(options: ExportOptions) -> ExportResult:
     for number, groups in enumerate(shards):
         path = partial / shard_name(number, len(shards))
         if not path.exists():
-            _write(path, conversion, [files.tensors[group[0].name] for group in groups])
+            _write(path, conversion, groups)
     write_index(partial, shards)
     write_atomically(partial / "config.json", json.dumps(conversion.config(), indent=2) + "\n")
     for file in companions(options.source):
@@ -151,12 +152,18 @@ def export(options: ExportOptions) -> ExportResult:
     return ExportResult(record["tensors"], len(sizes), sum(sizes), seconds, record)
 
 
-def _write(path: Path, conversion: Conversion, infos: Sequence[TensorInfo]) -> None:
+def _write(path: Path, conversion: Conversion, groups: Sequence[Sequence[TensorInfo]]) -> None:
+    """Convert the tensors of one file, and write it."""
+    import torch
+
     from posttrain.model.checkpoint_files import write_shard
 
-    tensors: dict[str, Any] = {}
-    for info in infos:
-        tensors |= conversion.convert(info)
+    # Room for all of them first: between them, what is read and freed again would leave holes that add up to another file.
+    tensors = {info.name: torch.empty(info.shape, dtype=info.dtype) for group in groups for info in group}
+    for group in groups:
+        for name, tensor in conversion.convert(conversion.files.tensors[group[0].name]).items():
+            assert (tensor.shape, tensor.dtype) == (tensors[name].shape, tensors[name].dtype), name
+            tensors[name].copy_(tensor)
     write_shard(path, tensors)
 
 

@@ -43,7 +43,9 @@ class AdapterDeltas:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         try:
-            adapted = get_peft_model(model, LoraConfig.from_pretrained(str(adapter)))
+            section = LoraConfig.from_pretrained(str(adapter))
+            section.base_model_name_or_path = None  # peft would warn that this is another one
+            adapted = get_peft_model(model, section)
             _fill(adapted, load_peft_weights(str(adapter), device="cpu"))
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{adapter}: these adapters are not for {checkpoint}: {error}") from None
