@@ -10,6 +10,7 @@ whose one line names the file, the key, the value and the cure.
 from __future__ import annotations
 
 import difflib
+import json
 import typing
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from posttrain.quantized import require_trainable
 from posttrain.recipe import RECIPES, DatasetSection, PipelineRecipe, Recipe, RecipeError, Section, StageSection
 
 # Names that users of other trainers type, and ours. Unknown keys are also matched by spelling.
@@ -37,6 +39,7 @@ OTHER_NAMES = {
     "dataset_name": "path",
 }
 
+TRAINING_STAGES = ("sft", "grpo", "reward_model")
 DATA_ENDINGS = (".jsonl", ".json", ".parquet")
 
 
@@ -125,7 +128,7 @@ def check_files(recipe: Recipe, source: str | Path, *, made_in: Path | None = No
         made_in: a directory whose content earlier stages of a pipeline make; what lies in it is not asked for.
 
     Raises:
-        RecipeError: a file does not exist, or a checkpoint has no config.json.
+        RecipeError: a file does not exist, a checkpoint has no config.json, or one that is to be trained is FP8.
     """
     for key, value in _walk(recipe):
         if not key.endswith((".model_name_or_path", ".path")) or not isinstance(value, str):
@@ -142,6 +145,11 @@ def check_files(recipe: Recipe, source: str | Path, *, made_in: Path | None = No
                 f"{source}: {key}: {value!r} is no checkpoint in Hugging Face format: it has no config.json; give the "
                 f"directory that has it, e.g. runs/<name>/checkpoints/latest"
             )
+        if key.endswith("model_name_or_path") and recipe.stage in TRAINING_STAGES:  # loaded by transformers, all of them
+            try:
+                require_trainable(value, json.loads((path / "config.json").read_text()).get("quantization_config"))
+            except ValueError as error:
+                raise RecipeError(f"{source}: {key}: {error}") from None
 
 
 def _plain(value: Any) -> Any:

@@ -58,15 +58,19 @@ def require_private(host: str, *, public: bool) -> None:
     Raises:
         ValueError: no loopback address, and not `public`.
     """
-    try:
-        is_private = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_private = False
-    if not is_private and not public:
+    if not is_loopback(host) and not public:
         raise ValueError(
             f"--host {host}: other machines reach this address, and the page is sent without encryption; leave --host out "
             f"and use an SSH tunnel, or add --public"
         )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def token_of(given: str | None) -> str:

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -131,30 +131,22 @@ class FaultyProxy(Scripted):
 
 
 @contextmanager
-def vllm_server(path: Path, name: str) -> Iterator[str]:
-    """A checkpoint behind vLLM's OpenAI-compatible server, with `KEY`. Gives the address."""
-    from posttrain.sampler import engine_environment
+def vllm_server(path: Path, name: str, *flags: str) -> Iterator[str]:
+    """A checkpoint behind `posttrain.serve`, with `KEY`. Gives the address; SIGTERM ends the server at the end.
 
+    Args:
+        flags: of posttrain.serve; without any, nothing is taken for reasoning.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    length = json.loads((path / "config.json").read_text())["max_position_embeddings"]
-    words = ["--model", str(path), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
-    words += [
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--max-model-len",
-        str(length),
-        "--gpu-memory-utilization",
-        "0.5",
-    ]
-    words += ["--compilation-config", '{"custom_ops": ["none"]}']
+    words = ["posttrain.serve", str(path), "--served-model-name", name, "--port", str(port)]
+    words += [*(flags or ("--reasoning-parser", "none")), "--", "--gpu-memory-utilization", "0.5"]
     log = (path / "server.log").open("w")
     process = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words],
+        [sys.executable, "-m", *words],
         cwd=ROOT,
-        env={**os.environ, **engine_environment(2, 1), "VLLM_API_KEY": KEY},
+        env={**os.environ, "VLLM_API_KEY": KEY},
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -170,9 +162,10 @@ def vllm_server(path: Path, name: str) -> Iterator[str]:
                 time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        process.terminate()
         try:
             process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        log.close()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            log.close()

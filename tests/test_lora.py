@@ -155,7 +155,7 @@ def test_an_experts_adapter_is_the_product_that_the_paper_says() -> None:
     before = base.get_parameter(name).detach().clone()
     model = lora.apply_lora(base, r=3, alpha=6, dropout=0.0, targets=["routed_experts"])
     train(model, 3)
-    layer = dict(lora._adapters(model))[name]
+    layer = dict(lora.adapters(model))[name]
     a, b = (matrix["default"].weight.detach() for matrix in (layer.lora_A, layer.lora_B))
     a_ERI, b_ORE = a.view(8, 3, -1), b.view(-1, 3, 8)  # peft's layout for 8 experts
     merged = lora.merge(model).get_parameter(name).detach()

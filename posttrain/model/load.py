@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
+
+from posttrain.quantized import require_trainable
 
 
 def build_policy(architecture: dict[str, Any], tokenizer: Any, seed: int) -> DeepseekV3ForCausalLM:
@@ -59,7 +61,11 @@ def load_policy(
         attn_implementation, experts_implementation: see docs/recipes.md.
         trust_remote_code: whether its own code may run.
         quantization: "nf4" loads the frozen weights of QLoRA; see `posttrain.model.lora.quantization_config`.
+
+    Raises:
+        ValueError: see `require_loadable`.
     """
+    require_loadable(path, trust_remote_code=trust_remote_code)
     quantized: dict[str, Any] = {}
     if quantization is not None:
         from posttrain.model.lora import quantization_config  # lora.py stands on this file
@@ -74,6 +80,20 @@ def load_policy(
     )
     set_experts_implementation(model, experts_implementation)
     return model
+
+
+def require_loadable(path: str, *, trust_remote_code: bool) -> None:
+    """Refuse FP8 weights: they are not trained, and transformers does not always dequantize them rightly.
+
+    transformers 5.19 takes the size of a block from the shape of the scales, so a weight whose shape is no multiple of them is
+    refused or, worse, read wrongly.
+
+    Raises:
+        ValueError: the checkpoint is FP8; the message has the command that converts it.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    section: Any = getattr(config, "quantization_config", None)
+    require_trainable(path, section.to_dict() if hasattr(section, "to_dict") else section)
 
 
 def set_experts_implementation(model: Any, name: str) -> None:

@@ -151,10 +151,10 @@ def _check(adapted: PeftModel, wanted: set[str]) -> None:
 
 def adapter_ranks(model: nn.Module) -> dict[str, int]:
     """Full name of each adapted weight, as in the policy without adapters -> rank of its adapters."""
-    return {name: module.r[module.active_adapters[0]] for name, module in _adapters(model)}
+    return {name: module.r[module.active_adapters[0]] for name, module in adapters(model)}
 
 
-def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """peft's layers with the name of the weight that each adapts."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and module.r:
@@ -175,7 +175,7 @@ def trained_parameters(model: nn.Module) -> list[ParameterRow]:
         if ".lora_" not in name:
             row = totals.setdefault(_row(_plain(name)), Counter())
             row.update(count=parameter.numel(), tensors=1, trainable=parameter.numel() * parameter.requires_grad)
-    for name, module in _adapters(model):
+    for name, module in adapters(model):
         own = [p for key, p in module.named_parameters() if key.startswith("lora_") and p.requires_grad]
         totals[_row(name)].update(trainable=sum(p.numel() for p in own))
         ranks[_row(name)] = module.r[module.active_adapters[0]]
@@ -198,7 +198,7 @@ def merged_weights(model: PeftModel) -> dict[str, torch.Tensor]:
     """All weights under the policy's own names with the adapters added, as `merge` would leave them. The model stays as it is:
     taking adapters off again after a merge would round its weights.
     """
-    layers = dict(_adapters(model))
+    layers = dict(adapters(model))
     found = {}
     for name, tensor in model.get_base_model().state_dict().items():
         if ".lora_" in name:

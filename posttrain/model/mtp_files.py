@@ -70,7 +70,8 @@ def read_layer(directory: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor
     scaled = [name for name in names if name.endswith("_scale_inv")]
     if scaled:
         raise ValueError(
-            f"{directory}: {scaled[0]} says that the weights are FP8; convert the checkpoint to bfloat16 first"
+            f"{directory}: {scaled[0]} says that the weights are FP8; convert the checkpoint first: python -m "
+            f"posttrain.export {directory} OUT --format bf16"
         )
     for path in sorted({files[name] for name in names}):
         if not path.exists():

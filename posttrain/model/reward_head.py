@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from posttrain.model.load import save_policy, set_experts_implementation
+from posttrain.model.load import require_loadable, save_policy, set_experts_implementation
 from posttrain.run_dir import write_atomically
 from rewards.learned import NORMALIZATION
 
@@ -32,8 +32,9 @@ def load_reward_model(
         attn_implementation, experts_implementation, trust_remote_code: see docs/recipes.md.
 
     Raises:
-        ValueError: the checkpoint lacks weights of the policy itself, which would be random.
+        ValueError: the checkpoint lacks weights of the policy itself, which would be random, or is FP8.
     """
+    require_loadable(path, trust_remote_code=trust_remote_code)
     model, info = AutoModelForSequenceClassification.from_pretrained(
         path,
         num_labels=1,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from posttrain.model.load import load_tokenizer
+from posttrain.model.load import load_tokenizer, require_loadable
 
 CARRIED = (
     "vocab_size",
@@ -42,7 +42,7 @@ def load_dense(source: str) -> tuple[Any, Any]:
             name.
 
     Raises:
-        ValueError: nothing of that kind is there.
+        ValueError: nothing of that kind is there, or its weights are FP8.
     """
     if source.startswith("package:"):
         return _load_gguf(packaged_gguf(source.removeprefix("package:")))
@@ -51,6 +51,7 @@ def load_dense(source: str) -> tuple[Any, Any]:
         if not path.is_file():
             raise ValueError(f"source {source!r} does not exist; give the path of a .gguf file")
         return _load_gguf(path)
+    require_loadable(source, trust_remote_code=False)
     return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), load_tokenizer(source)
 
 
