@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from typing import Any
 
 from posttrain.environments import build_environment
 from posttrain.errors import RunStopped
+from posttrain.flight_recorder import recording
 from posttrain.pipeline_graph import build_graph
 from posttrain.plan import describe
 from posttrain.recipe import (
@@ -35,7 +36,8 @@ from posttrain.recipe import (
     RecipeError,
     RewardSection,
 )
-from posttrain.recipe_file import check_files, load_recipe, module_of, nearest, stage_recipe
+from posttrain.recipe_file import check_files, load_recipe, module_of, nearest, stage_recipe, walk
+from posttrain.redaction import redact
 from posttrain.reward_setup import build_reward
 
 # Options beyond --dry-run that a stage takes; each becomes a keyword of its `run`.
@@ -98,8 +100,11 @@ def run_stage(
         return 0
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    _warn_of_remote_code(recipe)
     try:
-        with _sigterm_interrupts():
+        # A pipeline has nothing of its own to record, and an upcycled policy's directory is a checkpoint's.
+        kept = recording(stage, recipe.run_dir) if stage not in ("pipeline", "upcycle") else nullcontext()
+        with _sigterm_interrupts(), kept:
             return run(recipe, **options) or 0
     except RecipeError as error:
         return _end("error", error, 2)
@@ -110,8 +115,21 @@ def run_stage(
         return 130
 
 
+def _warn_of_remote_code(recipe: Recipe) -> None:
+    """Say it loudly where a checkpoint's own code may run: it runs as this user, with what this user may do."""
+    for key, value in walk(recipe):
+        if key.rpartition(".")[2] == "trust_remote_code" and value:
+            where = f"{key.rpartition('.')[0]}.model_name_or_path"
+            name = next((text for other, text in walk(recipe) if other == where), "the checkpoint")
+            print(
+                f"WARNING: {key} is true: Python code that comes with {name} will run as you, on every node, with your files "
+                f"and keys; read it first",
+                file=sys.stderr,
+            )
+
+
 def _end(word: str, error: Exception, code: int) -> int:
-    print(f"{word}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    print(f"{word}: {redact(' '.join(str(error).splitlines()))}", file=sys.stderr)
     return code
 
 

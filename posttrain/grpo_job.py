@@ -16,11 +16,13 @@ from posttrain import checkpoint
 from posttrain.audit import Look, RewardAudit, write_look
 from posttrain.best import BestCheckpoint
 from posttrain.breaker import Breaker, Verdict
+from posttrain.bundles import BundleKeeper
 from posttrain.curriculum import PassRates
 from posttrain.distillation import require_same_vocabulary
 from posttrain.episode_reward import episode_scorer
 from posttrain.episodes import episodes
 from posttrain.errors import RunStopped
+from posttrain.flight_recorder import LOGS, record
 from posttrain.metrics import Metric, MetricsLog
 from posttrain.parity import Mismatch
 from posttrain.progress import Progress, before_after_table, paths_written
@@ -59,6 +61,7 @@ class GrpoJob:
     learner: LearnerGroup
     samplers: SamplerPool
     publisher: Publisher
+    bundles: BundleKeeper
     audit: RewardAudit | None = None
     breaker: Breaker | None = None
     critic: CriticGroup | None = None
@@ -227,6 +230,7 @@ class GrpoJob:
 
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
+        record("checkpoint", step=self.step)
         self.saved_step = self.step
         parts = {"audit": self.audit, "breaker": self.breaker, "best": self.best, "curriculum": self.rates}
         state = {
@@ -254,6 +258,7 @@ class GrpoJob:
         section = self.recipe.eval
         if section is None:
             return None
+        record("evaluation", step=self.step)
         if self.recipe.environment is not None:
             section = section.model_copy(update={"environment": self.recipe.environment})
         return evaluate(section, eval_prompts(section, self.tokenizer), self.generate)
@@ -317,7 +322,7 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
         is_wanted=rates.is_wanted if rates else None,
         by_level=recipe.curriculum is not None and recipe.curriculum.order == "level",
     )
-    with session(recipe.ray_address, _cpus(recipe)), ExitStack() as stack:
+    with session(recipe.ray_address, _cpus(recipe), run_dir.path / LOGS), ExitStack() as stack:
         samplers = SamplerPool(model, recipe.sampler, recipe.seed, faults=recipe.faults, rollout=recipe.rollout)
         learner = _learner(recipe, model, _reference(recipe, run_dir, found))
         critic = _critic(recipe, model, found)
@@ -365,6 +370,7 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
                 learner,
                 samplers,
                 publisher,
+                BundleKeeper(run_dir.path),
                 audit,
                 breaker,
                 critic,
