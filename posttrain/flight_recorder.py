@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from posttrain.redaction import redact
 
@@ -82,6 +82,7 @@ class _StageLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._waiting: list[str] = []
+        self._fatal: TextIO | None = None
 
     def line(self, text: str) -> None:
         """Write a line with the time."""
@@ -91,10 +92,20 @@ class _StageLog:
         waiting, self._waiting = self._waiting, []
         try:
             self._path.parent.mkdir(exist_ok=True)
+            if self._fatal is None and not faulthandler.is_enabled():
+                self._fatal = self._path.with_suffix(".fatal").open("w")
+                faulthandler.enable(self._fatal)
             with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(waiting)
         except OSError as error:  # a full disk must not end a run because of a line
             print(f"warning: {self._path} cannot be written ({error.strerror})", file=sys.stderr)
+
+    def close(self) -> None:
+        """The interpreter lived: nothing is left of the file for its death."""
+        if self._fatal is not None:
+            faulthandler.disable()
+            self._fatal.close()
+            self._path.with_suffix(".fatal").unlink(missing_ok=True)
 
 
 class _ToLog(logging.Handler):
@@ -122,8 +133,7 @@ def recording(stage: str, run_dir: Path) -> Iterator[None]:
     _recorder._log = log
     record("start", arguments=sys.argv[1:], pid=os.getpid())
     try:
-        with _fatal(run_dir / LOGS / f"{stage}.fatal"):
-            yield
+        yield
         record("end")
     except BaseException as error:
         record("end", error=f"{type(error).__name__}: {error}")
@@ -132,6 +142,7 @@ def recording(stage: str, run_dir: Path) -> Iterator[None]:
         raise
     finally:
         _recorder._log = None
+        log.close()
         logging.getLogger().removeHandler(handler)
 
 
@@ -142,23 +153,6 @@ def _write_record(path: Path, error: Exception) -> None:
         print(f"warning: no flight record ({problem.strerror}: {path})", file=sys.stderr)
         return
     print(f"flight record: {path}", file=sys.stderr)
-
-
-@contextmanager
-def _fatal(path: Path) -> Iterator[None]:
-    """Where a segmentation fault says which line every thread was in."""
-    if not path.parent.parent.is_dir() or faulthandler.is_enabled():
-        yield  # a run directory that is new gets it from its second start on
-        return
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w") as file:
-        faulthandler.enable(file)
-        try:
-            yield
-        finally:
-            faulthandler.disable()
-            if not path.stat().st_size:
-                path.unlink()
 
 
 def _brief(value: Any) -> str:

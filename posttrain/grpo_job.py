@@ -28,7 +28,7 @@ from posttrain.parity import Mismatch
 from posttrain.progress import Progress, before_after_table, paths_written
 from posttrain.recipe import CriticSection, GrpoRecipe, ModelSection
 from posttrain.recipe_file import dump_recipe
-from posttrain.records import load_records
+from posttrain.records import data_errors, load_records
 from posttrain.rollout import Carrying, Generate, Rollout, Score
 from posttrain.router_log import RouterLog
 from posttrain.run_dir import RunDir
@@ -94,11 +94,13 @@ class GrpoJob:
         """The next prompts of the data.
 
         Raises:
-            RunStopped: the curriculum leaves out everything.
+            RunStopped: the curriculum leaves out everything, or a record cannot be rendered.
         """
         try:
             return self.prompts.take(n)
         except ValueError as error:
+            if self.rates is None:
+                raise RunStopped(f"datasets: {error}; mend that record, and go on with --resume") from error
             raise RunStopped(
                 f"{error}: the curriculum leaves out every prompt; widen curriculum.min_pass_rate and max_pass_rate, set "
                 f"retry_steps, or give other datasets, and go on with --resume"
@@ -315,13 +317,14 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
         of_teacher = load_tokenizer(recipe.teacher.model_name_or_path, trust_remote_code=model.trust_remote_code)
         require_same_vocabulary(tokenizer, of_teacher, recipe.teacher.model_name_or_path)
     rates = PassRates(recipe.curriculum) if recipe.curriculum else None
-    prompts = PromptStream(
-        load_records(recipe.datasets, "train", recipe.seed),
-        tokenizer,
-        recipe.seed,
-        is_wanted=rates.is_wanted if rates else None,
-        by_level=recipe.curriculum is not None and recipe.curriculum.order == "level",
-    )
+    with data_errors("datasets"):
+        prompts = PromptStream(
+            load_records(recipe.datasets, "train", recipe.seed),
+            tokenizer,
+            recipe.seed,
+            is_wanted=rates.is_wanted if rates else None,
+            by_level=recipe.curriculum is not None and recipe.curriculum.order == "level",
+        )
     with session(recipe.ray_address, _cpus(recipe), run_dir.path / LOGS), ExitStack() as stack:
         samplers = SamplerPool(model, recipe.sampler, recipe.seed, faults=recipe.faults, rollout=recipe.rollout)
         learner = _learner(recipe, model, _reference(recipe, run_dir, found))

@@ -280,6 +280,45 @@ def test_an_id_that_comes_twice_is_named_with_both_places(tmp_path: Path) -> Non
         PromptStream(file_records(str(path), "train"), None, 0)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
+def test_no_traceback_reaches_who_starts_a_stage(tmp_path: Path, policy_path: Path) -> None:
+    """Each stage by its command, with a file whose third row is wrong."""
+    from stage_commands import Command
+
+    wrong = {
+        "chats": [*CHATS[:2], {"messages": [{"role": "assistant", "content": 7}]}],
+        "pairs": [*PAIRS, {**PAIRS[0], "margin": "wide"}],
+        "problems": [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}, {"prompt": "a\ud800"}],
+    }
+    for name, rows in wrong.items():
+        (tmp_path / f"{name}.jsonl").write_bytes(b"".join(map(line, rows)))
+    model = {"model_name_or_path": str(policy_path)}
+    recipes = {
+        "sft": {"datasets": [{"path": str(tmp_path / "chats.jsonl")}], "training": {"max_steps": 1}},
+        "reward_model": {
+            "datasets": [{"path": str(tmp_path / "pairs.jsonl")}],
+            "training": {"max_steps": 1},
+            "validation": {"fraction": 0.5},
+        },
+        "grpo": {
+            "datasets": [{"path": str(tmp_path / "problems.jsonl")}],
+            "rewards": [{"func": "rewards.format:score"}],
+            "max_steps": 1,
+        },
+    }
+    commands = {}
+    for stage, tree in recipes.items():
+        (tmp_path / f"{stage}.yaml").write_text(json.dumps({"stage": stage, "model": model, **tree}))
+        commands[stage] = Command(
+            f"posttrain.{stage}", str(tmp_path / f"{stage}.yaml"), f"output_dir={tmp_path / stage}"
+        )
+    for stage, command in commands.items():
+        code, output = command.finish()
+        assert code == 2 and "Traceback" not in output, (stage, output)
+        assert "error: datasets: " in output and ".jsonl, line 3" in output, (stage, output)
+        assert not (tmp_path / stage / "metrics.jsonl").exists()
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 CONFIG = {"model_type": "deepseek_v3", "num_hidden_layers": 2, "hidden_size": 64}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from stage_commands import run, write_grpo_recipe
+from stage_commands import ROOT, run, write_grpo_recipe
 
 from posttrain import process_logs, replay
 from posttrain.bundles import GRAD_NORM, LOSS, BundleKeeper, read_bundle
@@ -90,6 +92,20 @@ def test_a_full_disk_does_not_hide_the_error(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(RunStopped, match="the real one"), recording("sft", out):
         monkeypatch.setattr(Path, "open", refuse)
         raise RunStopped("the real one")
+
+
+def test_an_interpreter_that_dies_says_where(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code = (
+        "import faulthandler, sys; from pathlib import Path; from posttrain.flight_recorder import record, recording\n"
+        f"out = Path({str(out)!r})\n"
+        "def deep(): faulthandler._sigsegv()\n"
+        "with recording('sft', out):\n    out.mkdir(); record('step', step=1); deep()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -11
+    said = (out / "logs" / "sft.fatal").read_text()
+    assert "Segmentation fault" in said and "in deep" in said
 
 
 # --- logs of other processes --------------------------------------------------------------------------------------------
