@@ -18,7 +18,7 @@ from pathlib import Path
 
 from posttrain.doctor_machine import Finding, disk, gpu, machine, packages, ray_network
 from posttrain.doctor_probes import probes
-from posttrain.doctor_recipe import examine, read
+from posttrain.doctor_stage import examine, read
 from posttrain.redaction import redact
 
 

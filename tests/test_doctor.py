@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from stage_commands import ROOT, write_grpo_recipe
 
-from posttrain import doctor, doctor_machine, doctor_probes, doctor_recipe
+from posttrain import doctor, doctor_machine, doctor_probes, doctor_stage
 
 GRPO = """
 stage: grpo
@@ -65,8 +65,8 @@ def test_keys_disk_memory_and_code_from_elsewhere(
     )
     file.write_text(GRPO.replace('{func: "rewards.format:score"}', judge) % policy_path)
     usage = doctor_machine.shutil.disk_usage("/")
-    monkeypatch.setattr(doctor_recipe.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    monkeypatch.setattr(doctor_recipe, "memory", lambda: (2**30, 2**29))
+    monkeypatch.setattr(doctor_stage.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(doctor_stage, "memory", lambda: (2**30, 2**29))
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     assert doctor.main([str(file), "model.trust_remote_code=true", "--quick"]) == 1
     said = capsys.readouterr().out
