@@ -184,7 +184,7 @@ def write_bundle(directory: Path, contents: dict[str, Any], samples: Sequence[Sa
         "samples": [_scalars(sample) for sample in samples],
         "has_policy": save_policy(partial / POLICY),
     }
-    write_atomically(partial / BUNDLE, redact(json.dumps(contents, indent=1)))
+    write_atomically(partial / BUNDLE, redact(json.dumps(contents, indent=1, default=str)))
     partial.rename(directory)
 
 

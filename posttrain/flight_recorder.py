@@ -1,6 +1,6 @@
 """The last events of a process, kept in memory and written when the run ends badly; and its log in the run directory.
 
-    logs/<stage>.log                 a line for each event and warning of the stage's own process; secrets are taken out
+    logs/<stage>[-rank<n>].log       a line for each event and warning of the stage's own process; secrets are taken out
     logs/<stage>.fatal               the stack of every thread where the interpreter itself died (not there otherwise)
     crash/<stage>-<time>-<pid>.json  the flight record: error, traceback, last events, what ran on what
 
@@ -127,7 +127,8 @@ def recording(stage: str, run_dir: Path) -> Iterator[None]:
         stage: names the files.
         run_dir: of the stage; nothing is written before it is there.
     """
-    log = _StageLog(run_dir / LOGS / f"{stage}.log")
+    rank = os.environ.get("RANK", "0")
+    log = _StageLog(run_dir / LOGS / f"{stage}{'' if rank == '0' else f'-rank{rank}'}.log")
     handler = _ToLog(log)
     logging.getLogger().addHandler(handler)
     _recorder._log = log

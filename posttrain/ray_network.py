@@ -19,6 +19,7 @@ MODE = "RAY_AUTH_MODE"
 TOKEN = "RAY_AUTH_TOKEN"
 TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 TOKEN_FILE = ".ray/auth_token"  # in the home directory
+ALLOWED = "POSTTRAIN_ALLOW_OPEN_RAY"  # 1 joins a cluster without a token, on a network that nobody else is on
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` runs
 # Ray's own switch for desktops: its services then listen on 127.0.0.1 instead of every interface.
 CLUSTER_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -43,7 +44,7 @@ def is_loopback(address: str) -> bool:
 
 
 def require_closed(address: str | None, environment: Mapping[str, str], home: Path | None = None) -> None:
-    """Refuse a Ray that others can reach without a token; inside a Ray job, warn of it.
+    """Refuse a Ray that others can reach without a token; inside a Ray job, or where the user says so, warn of it.
 
     Args:
         address: of the cluster to join; None starts a Ray here.
@@ -58,16 +59,16 @@ def require_closed(address: str | None, environment: Mapping[str, str], home: Pa
         raise RunStopped(f"{MODE}={mode!r} is none of Ray's: set token")
     if address is None or is_loopback(address):
         return  # 127.0.0.1 alone
-    if IN_A_JOB in environment and mode != "token":
-        # Whoever submitted it reaches that cluster already, and a job that gave up would close nothing.
+    if mode != "token" and (IN_A_JOB in environment or environment.get(ALLOWED) == "1"):
+        # Whoever submitted a job reaches that cluster already, and a job that gave up would close nothing.
         print(
-            f"warning: this Ray job's cluster at {address} takes orders without a token; see SECURITY.md",
+            f"warning: the Ray at {_without_user(address)} takes orders without a token; see SECURITY.md",
             file=sys.stderr,
         )
         return
     cure = (
         f"set {MODE}=token and the same token on every node before `ray start` (ray get-auth-token --generate makes one), "
-        f"and both for this run; see SECURITY.md"
+        f"and both for this run; see SECURITY.md (on a network that nobody else is on, {ALLOWED}=1 joins it all the same)"
     )
     if mode != "token":
         raise RunStopped(

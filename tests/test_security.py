@@ -18,7 +18,7 @@ from stage_commands import ROOT, Command, is_marked, run, write_grpo_recipe
 
 from posttrain.cli import run_stage
 from posttrain.errors import RunStopped
-from posttrain.ray_network import IN_A_JOB, MODE, TOKEN, TOKEN_PATH, is_loopback, require_closed
+from posttrain.ray_network import ALLOWED, IN_A_JOB, MODE, TOKEN, TOKEN_PATH, is_loopback, require_closed
 from posttrain.recipe import RecipeError
 from posttrain.recipe_file import load_recipe
 from posttrain.redaction import find_secret, redact, secret_values
@@ -149,8 +149,9 @@ def test_a_cluster_that_others_reach_needs_a_token(tmp_path: Path, capsys: pytes
     (tmp_path / "token").write_text("x" * 40)
     require_closed("head:6379", {MODE: "token", TOKEN_PATH: str(tmp_path / "token")}, tmp_path)
     assert capsys.readouterr().err == ""
-    require_closed("head:6379", {IN_A_JOB: "{}"}, tmp_path)  # a submitted job closes nothing by giving up
-    assert "without a token" in capsys.readouterr().err
+    for environment in ({IN_A_JOB: "{}"}, {ALLOWED: "1"}):  # a submitted job closes nothing by giving up
+        require_closed("head:6379", environment, tmp_path)
+        assert "without a token" in capsys.readouterr().err
 
 
 def test_a_run_refuses_such_a_cluster_before_it_connects(monkeypatch: pytest.MonkeyPatch) -> None:
