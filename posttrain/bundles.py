@@ -189,6 +189,7 @@ def write_bundle(directory: Path, contents: dict[str, Any], samples: Sequence[Sa
 
 
 def _tensors(samples: Sequence[Sample]) -> dict[str, Any]:
+    import numpy as np
     import torch
 
     found = {}
@@ -198,7 +199,9 @@ def _tensors(samples: Sequence[Sample]) -> dict[str, Any]:
             if entry.name == "place" or value is None or isinstance(value, int | float):
                 continue
             kind = torch.int64 if entry.name in INTEGERS else torch.float64
-            found[f"{number}.{entry.name}"] = torch.as_tensor(value, dtype=kind).contiguous()
+            found[f"{number}.{entry.name}"] = torch.tensor(
+                np.asarray(value), dtype=kind
+            )  # a copy; Ray's arrays are read-only
     return found
 
 

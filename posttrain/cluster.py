@@ -129,7 +129,7 @@ def session(address: str | None, num_cpus: float, logs: Path | None = None) -> I
         try:
             if logs is not None:
                 gather(_log_directory(), logs / "ray", ray.get_runtime_context().get_job_id())
-        except OSError as error:  # a full disk must not leave the processes behind
+        except Exception as error:  # a full disk, or a Ray that is gone, must not hide what happened
             print(f"warning: the logs of Ray's processes were not gathered: {error}", file=sys.stderr)
         finally:
             ray.shutdown()

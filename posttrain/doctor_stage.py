@@ -152,7 +152,7 @@ def _memory(recipe: Recipe, model: ModelSection, count: int) -> Finding:
         return Finding("fail" if learner > have else "ok", "memory plan", text, cure if learner > have else "")
     need = learners * (learner + RUNTIME) if _trains(recipe) else RUNTIME
     if sampler is not None and (
-        isinstance(recipe, GrpoRecipe | DistillRecipe | EvalRecipe) or getattr(recipe, "eval", 0)
+        isinstance(recipe, GrpoRecipe | DistillRecipe | EvalRecipe) or getattr(recipe, "eval", None)
     ):
         cache = int(sampler.kv_cache_gib * GIB)
         need += sampler.num_workers * (count * bytes_of_weight + cache + RUNTIME)

@@ -308,13 +308,13 @@ def _recording(row: Any, columns: Mapping[str, str], place: str) -> dict[str, An
             raise ValueError(f"{place}: {columns.get(name, name)} must be a text, not {values[name]!r:.60}")
     if values["prompt_id"] is not None:
         return {**values, "key": f"id:{values['prompt_id']}"}
-    prompt = values["prompt"]
+    prompt: Any = values["prompt"]
     is_chat = isinstance(prompt, list) and all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in prompt)
     if not isinstance(prompt, str) and not (is_chat and prompt):
         raise ValueError(
             f"{place}: a recording needs prompt_id, or prompt (a text or messages), to say what it answers"
         )
-    return {**values, "key": _text_key(values["prompt"])}
+    return {**values, "key": _text_key(prompt)}
 
 
 def _text_key(prompt: str | Sequence[Message]) -> str:

@@ -318,7 +318,8 @@ def test_a_running_grpo_job_listens_on_loopback_alone_and_writes_no_secret(
         monkeypatch.setenv(name, value)
     recipe, out = write_grpo_recipe(tmp_path, policy_path), tmp_path / "run"
     reward = tmp_path / "reward.py"  # a reward that prints the key it works with, as careless code does
-    reward.write_text(f"import os\nprint('key', os.environ['OPENAI_API_KEY'], flush=True)\n{reward.read_text()}")
+    told = "    print('key', os.environ['OPENAI_API_KEY'], flush=True)\n    return"
+    reward.write_text(f"import os\n{reward.read_text().replace('    return', told)}")
     # The first minibatch throws the weights away; the second cannot be computed any more.
     words = (f"output_dir={out}", "max_steps=1", "learner.num_workers=2", "optimizer.learning_rate=1e30")
     command = Command("posttrain.grpo", str(recipe), *words)

@@ -125,7 +125,7 @@ def test_logs_of_this_run_and_no_other_are_gathered(tmp_path: Path, monkeypatch:
     process_logs.gather(ray, target, "01000000")
     assert sorted(path.name for path in target.iterdir()) == ["raylet.log", "sampler-77.log", "where.txt"]
     text = (target / "sampler-77.log").read_text()
-    assert "hello ***" in text and text.endswith("the end\n") and ":job_id" not in text
+    assert "hello ***\n" in text and "the end\n" in text and ":job_id" not in text
     assert len(text) < 1.1 * process_logs.LONGEST and (target / "where.txt").read_text() == f"{ray}\n"
 
 
@@ -204,6 +204,7 @@ def job(policy_path: Path) -> Any:
             "learner": {"row_length": 64, "max_tokens_per_microbatch": 128, "num_threads": 1},
             "router": {"replay": True},
             "sampler": {"max_model_len": 64},
+            "parity": {"canary_length": 32},
             "rollout": {"max_completion_length": 16, "num_prompts": 2, "num_generations": 4},
         }
     )
