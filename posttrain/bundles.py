@@ -256,7 +256,7 @@ def read_bundle(path: Path) -> Bundle:
         RecursionError,
     ) as e:
         raise ValueError(
-            f"{path}: no whole crash bundle ({type(e).__name__}: {str(e) or 'no sample'}); give a directory that holds "
+            f"{path}: no whole crash bundle ({type(e).__name__}: {' '.join(str(e).split())[:300] or 'no sample'}); give a directory that holds "
             f"{BUNDLE} and {SAMPLES}"
         ) from e
     return bundle
