@@ -255,9 +255,9 @@ def read_bundle(path: Path) -> Bundle:
         SafetensorError,
         RecursionError,
     ) as e:
+        why = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         raise ValueError(
-            f"{path}: no whole crash bundle ({type(e).__name__}: {' '.join(str(e).split())[:300] or 'no sample'}); give a directory that holds "
-            f"{BUNDLE} and {SAMPLES}"
+            f"{path}: no whole crash bundle ({why}); give a directory that holds {BUNDLE} and {SAMPLES}"
         ) from e
     return bundle
 
