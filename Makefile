@@ -17,13 +17,16 @@ export DO_NOT_TRACK ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart reproduce smollm2 test lint format clean clean-runs
+.PHONY: help setup doctor quickstart reproduce smollm2 test lint format clean clean-runs
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 setup:  ## make .venv and install everything (under 1 s when nothing changed)
 	@$(PYTHON) tools/setup_env.py --platform $(PLATFORM)
+
+doctor: setup  ## is this machine fit for it? ARGS=recipe.yaml looks at a recipe as well
+	@$(BIN)/python -m posttrain.doctor $(ARGS)
 
 quickstart: setup  ## SFT, then GRPO, then the numbers before and after
 	@$(BIN)/python -m posttrain.pipeline $(RECIPE) $(ARGS)

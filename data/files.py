@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # in JSON: half of a pair, or a whole pair
 KINDS = (".jsonl", ".json", ".parquet")
 PARQUET_BATCH = 256  # rows decoded together
 
@@ -46,9 +47,12 @@ class Row:
         if not isinstance(self.value, bytes):
             return self.value
         try:
-            return json.loads(self.value)
-        except ValueError as error:
-            raise ValueError(f"{self.place}: not JSON ({error}); write one object per line") from None
+            found = json.loads(self.value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.place}: not JSON ({_reason(error)}); write one object per line") from None
+        if _SURROGATE.search(self.value):
+            require_text(found, self.place)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +125,34 @@ def _line_rows(file: File) -> Iterator[Row]:
 
 
 def _array_rows(file: File) -> Iterator[Row]:
+    data = file.path.read_bytes()
     try:
-        rows = json.loads(file.path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file.source}: not JSON ({error})") from None
+        rows = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.source}: not JSON ({_reason(error)}); write one object per line") from None
+    may_be_torn = _SURROGATE.search(data)
     for index, value in enumerate(rows):
-        yield Row(file.source, index, value)
+        row = Row(file.source, index, value)
+        if may_be_torn:
+            require_text(value, row.place)
+        yield row
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def require_text(value: Any, place: str) -> None:
+    """Refuse a row with half of a surrogate pair, which JSON can write and neither tokenizers nor files can hold.
+
+    Raises:
+        ValueError: the message begins with `place`.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        raise ValueError(f"{place}: {half!r} is half of a surrogate pair and no text; mend or remove the row") from None
 
 
 def _parquet_rows(file: File) -> Iterator[Row]:
@@ -140,8 +166,8 @@ def _parquet_rows(file: File) -> Iterator[Row]:
                 for value in batch.to_pylist():
                     yield Row(file.source, index, without_none(value))
                     index += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{file.source}, after {index} rows: cannot be read as Parquet: {reason}") from error
 
 

@@ -97,8 +97,11 @@ def check_unique(records: Iterable[Record]) -> None:
     Raises:
         ValueError: names the first one.
     """
-    seen: set[str] = set()
+    seen: dict[str, Record] = {}
     for record in records:
-        if record.id in seen:
-            raise ValueError(f"two records have the id {record.id!r}; give the sources different seeds, splits or ids")
-        seen.add(record.id)
+        first = seen.setdefault(record.id, record)
+        if first is not record:
+            places = f" ({record.place} and {first.place})" if record.place and first.place else ""
+            raise ValueError(
+                f"two records have the id {record.id!r}{places}; give the sources different seeds, splits or ids"
+            )

@@ -9,8 +9,8 @@ Pairs of generated tasks have ground truth: the worse answer is the right one, c
 
 from __future__ import annotations
 
-import math
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -227,6 +227,7 @@ def _is_whole(first: Any) -> bool:
 def _margin(value: Any, column: str, place: str) -> float:
     if value is None:
         return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{place}: {column} must be a finite number of 0 or more, not {value!r}")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= sys.float_info.max:
+        raise ValueError(f"{place}: {column} must be a finite number of 0 or more, not {value!r:.60}")
     return float(value)

@@ -27,7 +27,10 @@ def to_prompt(record: Record, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     if record.tools or record.template_kwargs:
         column = "tools" if record.tools else "chat_template_kwargs"
         raise ValueError(f"{record.label} has {column}, which only SFT uses; remove the column")
-    ids = render_prompt(tokenizer, record.messages)
+    try:
+        ids = render_prompt(tokenizer, record.messages)
+    except ValueError as error:
+        raise ValueError(f"{record.label}: {error}") from error
     return Prompt(record.id, record.messages, ids, record.answer, record.metadata)
 
 

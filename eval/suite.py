@@ -13,7 +13,7 @@ from eval.grading import count, grade
 from eval.statistics import Estimate, estimate
 from posttrain.episode_reward import is_success, require_working
 from posttrain.recipe import EnvironmentSection, EvalSection
-from posttrain.records import evaluation_records
+from posttrain.records import data_errors, evaluation_records
 from posttrain.run_dir import transcript
 from posttrain.types import Completion, Prompt, RewardResult, SamplingParams
 
@@ -52,7 +52,8 @@ class EvalResult:
 
 def eval_prompts(section: EvalSection, tokenizer: Any) -> tuple[Prompt, ...]:
     """The held-out problems, in the order of the recipe. Without a tokenizer they have no tokens, for an endpoint."""
-    return as_prompts(evaluation_records(section.datasets, section.seed), tokenizer)
+    with data_errors("eval.datasets"):
+        return as_prompts(evaluation_records(section.datasets, section.seed), tokenizer)
 
 
 def as_prompts(records: Sequence[Record], tokenizer: Any) -> tuple[Prompt, ...]:

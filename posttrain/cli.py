@@ -15,12 +15,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from posttrain.environments import build_environment
 from posttrain.errors import RunStopped
+from posttrain.flight_recorder import recording
 from posttrain.interrupt import reader_has_left, sigterm_interrupts
 from posttrain.pipeline_graph import build_graph
 from posttrain.plan import describe
@@ -33,7 +35,8 @@ from posttrain.recipe import (
     RecipeError,
     RewardSection,
 )
-from posttrain.recipe_file import check_files, load_recipe, module_of, nearest, stage_recipe
+from posttrain.recipe_file import check_files, load_recipe, module_of, nearest, stage_recipe, walk
+from posttrain.redaction import redact
 from posttrain.reward_setup import build_reward
 from posttrain.threads import SHORT_SPIN
 
@@ -115,8 +118,11 @@ def _run_stage(
         return 0
     for name, value in {**QUIET, **SHORT_SPIN}.items():  # before torch is imported
         os.environ.setdefault(name, value)
+    _warn_of_remote_code(recipe)
     try:
-        with sigterm_interrupts():
+        # A pipeline has nothing of its own to record, and an upcycled policy's directory is a checkpoint's.
+        kept = recording(stage, recipe.run_dir) if stage not in ("pipeline", "upcycle") else nullcontext()
+        with sigterm_interrupts(), kept:
             code = run(recipe, **options) or 0
             sys.stdout.flush()
             return code
@@ -134,8 +140,21 @@ def _run_stage(
         return _end("stopped", RunStopped(f"the program that read the output has ended; {goes_on}"), 3)
 
 
+def _warn_of_remote_code(recipe: Recipe) -> None:
+    """Say it loudly where a checkpoint's own code may run: it runs as this user, with what this user may do."""
+    for key, value in walk(recipe):
+        if key.rpartition(".")[2] == "trust_remote_code" and value:
+            where = f"{key.rpartition('.')[0]}.model_name_or_path"
+            name = next((text for other, text in walk(recipe) if other == where), "the checkpoint")
+            print(
+                f"WARNING: {key} is true: Python code that comes with {name} will run as you, on every node, with your files "
+                f"and keys; read it first",
+                file=sys.stderr,
+            )
+
+
 def _end(word: str, error: Exception, code: int) -> int:
-    print(f"{word}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    print(f"{word}: {redact(' '.join(str(error).splitlines()))}", file=sys.stderr)
     return code
 
 

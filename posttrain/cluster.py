@@ -10,14 +10,18 @@ import logging
 import os
 import signal
 import socket
+import sys
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import reduce
 from importlib import import_module
 from operator import add, or_
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -26,6 +30,8 @@ from posttrain.dispatch import Dispatcher, Finished
 from posttrain.errors import ParityError, RunStopped
 from posttrain.metrics import Metric, merge
 from posttrain.packing import pack
+from posttrain.process_logs import gather, point_to
+from posttrain.ray_network import CLUSTER_SWITCH, LOOPBACK, is_loopback, require_closed
 from posttrain.recipe import (
     AlgorithmSection,
     FaultsSection,
@@ -59,7 +65,27 @@ def _own_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def session(address: str | None, num_cpus: float) -> Iterator[None]:
+def _only_this_machine() -> Iterator[None]:
+    """A Ray that is started in the block listens on 127.0.0.1 alone, all its services and later workers.
+
+    It is Ray's own behaviour on desktops, where no cluster is formed. On Linux its metrics port would otherwise be open to
+    everybody, and every other one to whoever has the token.
+    """
+    constants = ray._private.ray_constants
+    before, environment = constants.ENABLE_RAY_CLUSTER, dict(os.environ)
+    constants.ENABLE_RAY_CLUSTER = False
+    os.environ.update({**LOOPBACK, **{name: value for name, value in environment.items() if name != CLUSTER_SWITCH}})
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
+        for name in LOOPBACK.keys() - environment.keys():
+            os.environ.pop(name, None)
+        os.environ.update(environment)
+
+
+@contextmanager
+def session(address: str | None, num_cpus: float, logs: Path | None = None) -> Iterator[None]:
     """A connection to Ray for the length of the block.
 
     Joins the cluster at `address`, or that of the surrounding Ray job, or starts a local one that is shut down at the
@@ -68,24 +94,27 @@ def session(address: str | None, num_cpus: float) -> Iterator[None]:
     Args:
         address: of a running cluster; None as said above.
         num_cpus: what the actors will reserve, so that a local Ray has at least that.
+        logs: the run directory's `logs`, where the logs of its actors are gathered at the end; None leaves them to Ray.
 
     Raises:
-        RunStopped: the cluster has too few CPUs for the actors.
+        RunStopped: the cluster has too few CPUs for the actors, or others can reach it without a token.
     """
     address = address or os.environ.get("RAY_ADDRESS")
+    require_closed(address, os.environ)
     # Ray announces its token authentication as a warning; it is what we want.
     logging.getLogger("ray").setLevel(logging.ERROR)
     with _own_sigterm():
         if address:
             ray.init(address=address, log_to_driver=False, logging_level="error")
         else:
-            ray.init(
-                address="local",  # without it Ray would join any cluster that was ever started on this machine
-                num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.999)),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="error",
-            )
+            with _only_this_machine():
+                ray.init(
+                    address="local",  # without it Ray would join any cluster that was ever started on this machine
+                    num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.999)),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="error",
+                )
     try:
         available = ray.cluster_resources().get("CPU", 0)
         if available < num_cpus:
@@ -93,9 +122,21 @@ def session(address: str | None, num_cpus: float) -> Iterator[None]:
                 f"the Ray cluster has {available:g} CPUs and this recipe reserves {num_cpus:g}; add nodes, or lower "
                 f"sampler.num_workers, sampler.num_cpus or learner.num_workers"
             )
+        if logs is not None:
+            point_to(_log_directory(), logs / "ray")
         yield
     finally:
-        ray.shutdown()
+        try:
+            if logs is not None:
+                gather(_log_directory(), logs / "ray", ray.get_runtime_context().get_job_id())
+        except Exception as error:  # a full disk, or a Ray that is gone, must not hide what happened
+            print(f"warning: the logs of Ray's processes were not gathered: {error}", file=sys.stderr)
+        finally:
+            ray.shutdown()
+
+
+def _log_directory() -> Path:
+    return Path(ray._private.worker._global_node.get_logs_dir_path())
 
 
 # --- samplers -------------------------------------------------------------------------------------------------------
@@ -323,6 +364,14 @@ class _RankActor:
         import torch
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+        if is_loopback(environment.get("MASTER_ADDR", "")) and not torch.cuda.is_available():
+            # Ranks of one machine meet in a file: torch's TCPStore listens on every interface, and to everybody.
+            torch.distributed.init_process_group(
+                "gloo",
+                init_method=f"file://{environment['RENDEZVOUS_FILE']}",
+                rank=int(environment["RANK"]),
+                world_size=int(environment["WORLD_SIZE"]),
+            )
         module, _, name = made_by.partition(":")
         self._model = getattr(import_module(module), name)(**arguments)
         return ray.get_runtime_context().get_node_id()
@@ -366,6 +415,7 @@ class _RankGroup:
         )
         self._actors = [actor.remote() for _ in range(self.world_size)]
         host, port = ray.get(self._actors[0].address.remote())
+        meeting = Path(tempfile.gettempdir()) / f"posttrain-ranks-{uuid.uuid4().hex}"
         starts = []
         for rank, handle in enumerate(self._actors):
             environment = dict(threads)
@@ -377,6 +427,7 @@ class _RankGroup:
                     "LOCAL_WORLD_SIZE": "1",
                     "MASTER_ADDR": host,
                     "MASTER_PORT": str(port),
+                    "RENDEZVOUS_FILE": str(meeting),
                 }
             starts.append(handle.start.remote(environment, self.made_by, {"learner": learner, **arguments}))
         self._starts = starts

@@ -15,6 +15,7 @@ from posttrain.distill_data import Problems, with_system_prompt
 from posttrain.distill_job import DistillJob
 from posttrain.endpoint_teacher import EndpointTeacher
 from posttrain.errors import RunStopped
+from posttrain.flight_recorder import LOGS
 from posttrain.journal import Journal
 from posttrain.metrics import MetricsLog
 from posttrain.recipe import DistillRecipe, ModelSection, RecipeError, RewardSection, RolloutSection
@@ -128,7 +129,7 @@ def _start_engines(job: DistillJob, stack: ExitStack) -> None:
 
     workers = recipe.sampler.num_workers * recipe.sampler.num_cpus if is_local else 0
     judges = sum(reward.num_workers * reward.num_cpus for reward in recipe.rewards)
-    stack.enter_context(session(recipe.ray_address, workers + judges))
+    stack.enter_context(session(recipe.ray_address, workers + judges, recipe.run_dir / LOGS))
     if recipe.rewards:
         job.rewards = RewardPool(recipe.rewards)
         stack.callback(job.rewards.stop)

@@ -30,7 +30,7 @@ TRAINING_STATE = (
 LOGS = (
     *("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "report.html", "stage.json"),
     *("data.json", "preflight.json", "alarms.jsonl", "suspicious.jsonl", "*.log"),
-    *("journal", "trainer", "tensorboard", "wandb"),
+    *("journal", "trainer", "tensorboard", "wandb", "logs", "crash"),
 )  # at the top of a stage's directory
 SETTLED_SECONDS = 1.0  # a file changed more recently could change again without its times showing it
 LARGE = 8 * 2**30  # bytes; from here on hashing is worth a word

@@ -67,6 +67,7 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
             start = time.perf_counter()
             batch = next(rollouts)
             batch_advantages = group_advantages(batch, recipe.algorithm)
+            job.bundles.begin(batch)
 
             sampled = time.perf_counter()
             samples = samples_of(batch, batch_advantages, job)
@@ -229,14 +230,18 @@ def learn(
             warming_up = job.step < job.critic_warmup
             if warming_up or not any(advantages.is_felt(sample.advantage) for sample in minibatch):
                 continue
-            if measure and agreement is None:
-                losses, agreement = job.learner.forward_backward_compared(
-                    minibatch, algorithm, near_tie_margin=job.recipe.parity.near_tie_margin
-                )
-                require_parity(agreement[0], job.recipe.parity)
-            else:
-                losses = job.learner.forward_backward(minibatch, algorithm)
-            metrics.append({**losses, **job.learner.optim_step(), "optim/steps": Metric(1, "sum")})
+            with job.bundles.watch(job, minibatch, algorithm) as seen:
+                if measure and agreement is None:
+                    losses, agreement = job.learner.forward_backward_compared(
+                        minibatch, algorithm, near_tie_margin=job.recipe.parity.near_tie_margin
+                    )
+                    seen.update(losses)
+                    require_parity(agreement[0], job.recipe.parity)
+                else:
+                    losses = job.learner.forward_backward(minibatch, algorithm)
+                seen.update(losses)
+                seen.update(job.learner.optim_step())
+            metrics.append({**seen, "optim/steps": Metric(1, "sum")})
             if algorithm.target_kl is not None and losses["policy/kl_old"].value > algorithm.target_kl:
                 return merge(metrics), agreement
     return merge(metrics), agreement

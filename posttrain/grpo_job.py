@@ -16,17 +16,19 @@ from posttrain import checkpoint
 from posttrain.audit import Look, RewardAudit, write_look
 from posttrain.best import BestCheckpoint
 from posttrain.breaker import Breaker, Verdict
+from posttrain.bundles import BundleKeeper
 from posttrain.curriculum import PassRates
 from posttrain.distillation import require_same_vocabulary
 from posttrain.episode_reward import episode_scorer
 from posttrain.episodes import episodes
 from posttrain.errors import RunStopped
+from posttrain.flight_recorder import LOGS, record
 from posttrain.metrics import Metric, MetricsLog
 from posttrain.parity import Mismatch
 from posttrain.progress import Progress, before_after_table, paths_written
 from posttrain.recipe import CriticSection, GrpoRecipe, ModelSection
 from posttrain.recipe_file import dump_recipe
-from posttrain.records import load_records
+from posttrain.records import data_errors, load_records
 from posttrain.rollout import Carrying, Generate, Rollout, Score
 from posttrain.router_log import RouterLog
 from posttrain.run_dir import RunDir
@@ -59,6 +61,7 @@ class GrpoJob:
     learner: LearnerGroup
     samplers: SamplerPool
     publisher: Publisher
+    bundles: BundleKeeper
     audit: RewardAudit | None = None
     breaker: Breaker | None = None
     critic: CriticGroup | None = None
@@ -91,11 +94,13 @@ class GrpoJob:
         """The next prompts of the data.
 
         Raises:
-            RunStopped: the curriculum leaves out everything.
+            RunStopped: the curriculum leaves out everything, or a record cannot be rendered.
         """
         try:
             return self.prompts.take(n)
         except ValueError as error:
+            if self.rates is None:
+                raise RunStopped(f"datasets: {error}; mend that record, and go on with --resume") from error
             raise RunStopped(
                 f"{error}: the curriculum leaves out every prompt; widen curriculum.min_pass_rate and max_pass_rate, set "
                 f"retry_steps, or give other datasets, and go on with --resume"
@@ -227,6 +232,7 @@ class GrpoJob:
 
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
+        record("checkpoint", step=self.step)
         self.saved_step = self.step
         parts = {"audit": self.audit, "breaker": self.breaker, "best": self.best, "curriculum": self.rates}
         state = {
@@ -254,6 +260,7 @@ class GrpoJob:
         section = self.recipe.eval
         if section is None:
             return None
+        record("evaluation", step=self.step)
         if self.recipe.environment is not None:
             section = section.model_copy(update={"environment": self.recipe.environment})
         return evaluate(section, eval_prompts(section, self.tokenizer), self.generate)
@@ -310,14 +317,15 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
         of_teacher = load_tokenizer(recipe.teacher.model_name_or_path, trust_remote_code=model.trust_remote_code)
         require_same_vocabulary(tokenizer, of_teacher, recipe.teacher.model_name_or_path)
     rates = PassRates(recipe.curriculum) if recipe.curriculum else None
-    prompts = PromptStream(
-        load_records(recipe.datasets, "train", recipe.seed),
-        tokenizer,
-        recipe.seed,
-        is_wanted=rates.is_wanted if rates else None,
-        by_level=recipe.curriculum is not None and recipe.curriculum.order == "level",
-    )
-    with session(recipe.ray_address, _cpus(recipe)), ExitStack() as stack:
+    with data_errors("datasets"):
+        prompts = PromptStream(
+            load_records(recipe.datasets, "train", recipe.seed),
+            tokenizer,
+            recipe.seed,
+            is_wanted=rates.is_wanted if rates else None,
+            by_level=recipe.curriculum is not None and recipe.curriculum.order == "level",
+        )
+    with session(recipe.ray_address, _cpus(recipe), run_dir.path / LOGS), ExitStack() as stack:
         samplers = SamplerPool(model, recipe.sampler, recipe.seed, faults=recipe.faults, rollout=recipe.rollout)
         learner = _learner(recipe, model, _reference(recipe, run_dir, found))
         critic = _critic(recipe, model, found)
@@ -365,6 +373,7 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
                 learner,
                 samplers,
                 publisher,
+                BundleKeeper(run_dir.path),
                 audit,
                 breaker,
                 critic,

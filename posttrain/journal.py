@@ -98,12 +98,17 @@ class Journal:
         for number, line in enumerate(self._file_lines(), 1):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 if not line.endswith(b"\n"):
                     break  # torn by a crash
                 raise RunStopped(
                     f"{self.path}, line {number} is damaged; move the file away, or delete that line if you can spare it"
                 ) from None
+            if not isinstance(row, dict) or (number > 1 and self._key not in row):
+                raise RunStopped(
+                    f"{self.path}, line {number} is no row with a {self._key}; move the file away, or delete that line if "
+                    f"you can spare it"
+                )
             if number == 1:
                 _require_equal(row, header, self.path)
             else:

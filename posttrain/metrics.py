@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.errors import RunStopped
+from posttrain.flight_recorder import record
 
 Reduction = Literal["mean", "sum", "max", "min", "last"]
 
@@ -120,6 +121,7 @@ class MetricsLog:
         values = {name: metric.value for name, metric in sorted(metrics.items())}
         seconds = self._before + time.perf_counter() - self._start
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        record("step", step=step, seconds=round(seconds, 3), metrics=values)
         line = json.dumps({"step": step, "seconds": round(seconds, 3), **finite})
         with self._path.open("a") as file:
             file.write(line + "\n")

@@ -38,6 +38,7 @@ from posttrain.recipe_file import stage_recipe
 from posttrain.sections import OptimizerSection, TrainerSection
 
 TINY_VOCABULARY = 107  # tokens of data.chat.build_tokenizer, which a built policy uses, without extra characters
+MOST_HEADER = 100_000_000  # bytes of a safetensors header, as the format says
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -124,14 +125,18 @@ def checkpoint_parameters(path: Path) -> int | None:
     path = path.expanduser()
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     num_layers = read_config(path).get("num_hidden_layers", math.inf) if files else math.inf
+    if not isinstance(num_layers, int | float):
+        raise RecipeError(
+            f"model.model_name_or_path: {path / 'config.json'}: num_hidden_layers is {num_layers!r:.60} and no number; mend it"
+        )
     total = 0
     for file in files:
-        for name, entry in _header(file).items():
-            layer = re.match(r"model\.layers\.(\d+)\.", name)
+        for name, shape in _shapes(file).items():
+            layer = re.match(r"model\.layers\.(\d{1,9})\.", name)
             if layer and int(layer[1]) >= num_layers:
                 continue
-            if name != "__metadata__" and not name.endswith("e_score_correction_bias"):
-                total += math.prod(entry["shape"])
+            if not name.endswith("e_score_correction_bias"):
+                total += math.prod(shape)
     return total if files else None
 
 
@@ -145,24 +150,35 @@ def read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"model.model_name_or_path: {file} is not readable as JSON ({error}); mend it") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"model.model_name_or_path: {file} must be a JSON object; copy the checkpoint again")
+    return config
 
 
-def _header(file: Path) -> dict[str, Any]:
-    """What a safetensors file holds: name -> dtype, shape, place."""
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """What a safetensors file holds: name -> shape."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            return json.loads(stream.read(length))
-    except (struct.error, ValueError, OverflowError, MemoryError):
+            if length > MOST_HEADER:
+                raise ValueError
+            header = json.loads(stream.read(length))
+        shapes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+        sizes = [size for shape in shapes.values() for size in shape]
+        if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
+            raise ValueError
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise RecipeError(
             f"model.model_name_or_path: {file} is not a whole safetensors file; copy the checkpoint again"
         ) from None
+    return shapes
 
 
-def _parameters(model: ModelSection) -> int | None:
+def model_parameters(model: ModelSection) -> int | None:
+    """Parameters of a recipe's model; None where its files are not here and its shape is not known."""
     if model.build is not None:
         return parameter_count(model.build, TINY_VOCABULARY + len(model.extra_characters))
     assert model.model_name_or_path is not None
@@ -176,7 +192,7 @@ def _parameters(model: ModelSection) -> int | None:
 
 
 def _model(model: ModelSection) -> list[str]:
-    count = _parameters(model)
+    count = model_parameters(model)
     if model.build is not None:
         origin = "new DeepSeek-V3 with random weights"
     else:
@@ -316,7 +332,7 @@ def _memory(
     """Bytes per process; activations and the runtime itself (1 to 2 GB a process) come on top."""
     adapters = grpo is not None and grpo.lora is not None
     shares = grpo.learner.num_workers if grpo is not None and grpo.learner.parallel == "fsdp" else 1
-    count = _parameters(model)
+    count = model_parameters(model)
     if count is None:
         return ["memory      unknown until the checkpoint is here"]
     lines = []
@@ -349,7 +365,7 @@ def _beside(recipe: GrpoRecipe) -> list[str]:
     critic = section and recipe.model.model_copy(
         update={"model_name_or_path": section.model_name_or_path or recipe.model.model_name_or_path}
     )
-    if critic and (count := _parameters(critic)):
+    if critic and (count := model_parameters(critic)):
         lines.append(f"            each critic {_size(count * 16)}: as a learner")
     return lines + _teacher_memory(recipe.model, recipe.teacher, "learner", "float32")
 
@@ -360,7 +376,7 @@ def _teacher_memory(
     if section is None:
         return []
     teacher = model.model_copy(update={"model_name_or_path": section.model_name_or_path, "build": None})
-    count = _parameters(teacher)
+    count = model_parameters(teacher)
     if count is None:
         return []
     return [f"            its teacher {_size(count * _BYTES[dtype])} in each {place}: {dtype} weights"]

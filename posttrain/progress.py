@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from posttrain.flight_recorder import record
 from posttrain.metrics import Metric
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -75,7 +76,8 @@ class Progress:
             print(f"{self._stage} {step}/{self._total}  {shown}{self._time_left(step, now)}", flush=True)
 
     def note(self, text: str) -> None:
-        """Say something beside the bar."""
+        """Say something beside the bar, and in the log."""
+        record("note", text=text)
         self._console.print(text, style="yellow", markup=False, highlight=False)
 
     def _time_left(self, step: int, now: float) -> str:

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from posttrain.quantized import require_trainable
 from posttrain.recipe import RECIPES, DatasetSection, PipelineRecipe, Recipe, RecipeError, Section, StageSection
+from posttrain.redaction import find_secret
 
 # Names that users of other trainers type, and ours. Unknown keys are also matched by spelling.
 OTHER_NAMES = {
@@ -41,6 +42,9 @@ OTHER_NAMES = {
 
 TRAINING_STAGES = ("sft", "grpo", "reward_model")
 DATA_ENDINGS = (".jsonl", ".json", ".parquet")
+MOST_VALUES = 100_000  # of a recipe; YAML's aliases can write more in a few lines than any memory holds
+# PyYAML lets the errors of int, float and date through; deep nesting ends in a RecursionError.
+_UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, stage: str | None = None) -> Any:
@@ -70,6 +74,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, stage: str |
         raise RecipeError(
             f"{path}: stage: this is a recipe for {named!r}; run it with python -m {module_of(named)} {path}"
         )
+    _refuse_secrets(tree, path)
     if tree.get("run_name") is None:
         tree["run_name"] = path.stem
     try:
@@ -130,7 +135,7 @@ def check_files(recipe: Recipe, source: str | Path, *, made_in: Path | None = No
     Raises:
         RecipeError: a file does not exist, a checkpoint has no config.json, or one that is to be trained is FP8.
     """
-    for key, value in _walk(recipe):
+    for key, value in walk(recipe):
         if not key.endswith((".model_name_or_path", ".path")) or not isinstance(value, str):
             continue
         path = Path(value).expanduser()
@@ -163,14 +168,14 @@ def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Every value with its key path."""
     if isinstance(value, Section):
         for name in type(value).model_fields:
-            yield from _walk(getattr(value, name), f"{key}.{name}" if key else name)
+            yield from walk(getattr(value, name), f"{key}.{name}" if key else name)
     elif isinstance(value, tuple):
         for index, item in enumerate(value):
-            yield from _walk(item, f"{key}.{index}")
+            yield from walk(item, f"{key}.{index}")
     else:
         yield key, value
 
@@ -220,17 +225,46 @@ def _read_file(path: Path, named_by: str) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{named_by}{path}: cannot be read ({error}); give a UTF-8 YAML file") from None
-    except yaml.YAMLError as error:
+    except _UNREADABLE as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or error
+        problem = getattr(error, "problem", None) or f"{error!s:.200}"
         raise RecipeError(f"{named_by}{path}: not readable as YAML{where}: {problem}; mend that line") from None
     if not isinstance(tree, dict):
         found = "empty" if tree is None else f"a {type(tree).__name__}"
         raise RecipeError(
             f"{named_by}{path}: a recipe is a mapping of keys to values and this file is {found}; see docs/recipes.md"
         )
+    _require_plain(tree, f"{named_by}{path}")
     return tree
+
+
+def _require_plain(tree: Any, place: str) -> None:
+    """Refuse a tree that is larger than any recipe (it may hold itself), and text that no file can hold."""
+    waiting, count = [tree], 0
+    while waiting:
+        value, count = waiting.pop(), count + 1
+        if count > MOST_VALUES:
+            raise RecipeError(f"{place}: more than {MOST_VALUES:,} values, aliases written out; write a smaller recipe")
+        if isinstance(value, dict):
+            waiting.extend(value.keys())
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple | set):
+            waiting.extend(value)
+        elif isinstance(value, str) and (
+            "\0" in value or (not value.isascii() and value.encode(errors="ignore").decode() != value)
+        ):
+            raise RecipeError(f"{place}: {value!r:.60} holds a zero or half of a surrogate pair; write it without")
+
+
+def _refuse_secrets(tree: dict[str, Any], path: Path) -> None:
+    found = find_secret(tree)
+    if found is not None:
+        key, why = found
+        raise RecipeError(
+            f"{path}: {key}: holds a secret ({why}), and a recipe is copied into run directory and reports; put it in an "
+            f"environment variable and name that, e.g. api_key_env: MY_KEY"
+        )
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,8 +292,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r}: there is no value; write one after =, or null for none")
     try:
         value = yaml.load(text, _StrictLoader)
-    except yaml.YAMLError:
+    except _UNREADABLE:
         raise RecipeError(f"override {override!r}: the value {text!r} is not readable as YAML; quote it") from None
+    _require_plain([override, value], f"override {override!r:.80}")
     *parents, last = key.split(".")
     node: Any = tree
     for name in parents:

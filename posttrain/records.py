@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -18,12 +19,30 @@ from data.records import Record
 from data.sources import Source, file_records, file_source, task_records, task_source
 from data.streams import stream_records
 from data.tasks import Split
-from posttrain.sections import DatasetSection, EvalSection
+from posttrain.sections import DatasetSection, EvalSection, RecipeError
 from posttrain.sft_recipe import PreparationSection
 
 EVAL_SEED = EvalSection.model_fields["seed"].default  # of the generated problems that training chats are cleaned of
 AS_THEY_ARE = PreparationSection()
 Judge = Deduplicator | Decontaminator
+
+
+@contextmanager
+def data_errors(key: str) -> Iterator[None]:
+    """Faults of data as faults of the recipe that names them: one line for the user, and no traceback.
+
+    Args:
+        key: of the recipe, e.g. "datasets".
+
+    Raises:
+        RecipeError: for each ValueError in the block.
+    """
+    try:
+        yield
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"{key}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +61,8 @@ class ChatStream(Iterator[Record]):
         self._judges = judges
 
     def __next__(self) -> Record:
-        return next(self._records)
+        with data_errors("datasets"):
+            return next(self._records)
 
     def report(self) -> dict[str, Any]:
         """`duplicates`, `contaminated` and `examples` as in `load_chats`; a source is judged in its first epoch."""

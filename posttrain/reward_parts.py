@@ -17,6 +17,7 @@ from data.templates import set_chat_template
 from posttrain.errors import RunStopped
 from posttrain.model import load
 from posttrain.model.reward_head import RewardModelFiles, load_reward_model
+from posttrain.records import data_errors
 from posttrain.reward_data import PairSets, load_pairs, set_pad_token
 from posttrain.reward_metrics import ScoredPair
 from posttrain.reward_model_recipe import RewardModelRecipe
@@ -58,7 +59,8 @@ def load_job(recipe: RewardModelRecipe, last: Path | None, ranks: PartialState) 
     if recipe.training.chat_template is not None:
         set_chat_template(tokenizer, recipe.training.chat_template)
     set_pad_token(tokenizer, recipe.training.pad_token)
-    pairs = load_pairs(recipe, tokenizer)
+    with data_errors("datasets"):
+        pairs = load_pairs(recipe, tokenizer)
     model = load_reward_model(
         path,
         head_init_std=recipe.training.head_init_std,

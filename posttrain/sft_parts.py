@@ -29,7 +29,7 @@ from posttrain.model.mtp_objective import MtpObjective
 from posttrain.model.policy_files import PolicyFiles
 from posttrain.model.router import find_routers
 from posttrain.recipe import SftRecipe
-from posttrain.records import load_chats, stream_chats, validation_split
+from posttrain.records import data_errors, load_chats, stream_chats, validation_split
 from posttrain.run_dir import RunDir, write_atomically
 from posttrain.sft_callbacks import EndStep
 from posttrain.sft_data import Cursor, PackedStream, RowCounts, RowMaker
@@ -92,11 +92,13 @@ def load_job(recipe: SftRecipe, origin: Path, last: Path | None, ranks: PartialS
     policy, objective = load_policy(recipe, origin, last)
     training, preparation = recipe.training, recipe.preparation
     maker = RowMaker(tokenizer, training.max_length, training.packing, training.loss_on, preparation.too_long)
+    with data_errors("datasets"):
+        rows = load_rows(recipe, maker, last)
     return SftJob(
         policy=policy,
         files=PolicyFiles(policy, tokenizer, origin, objective.module if objective else None),
         maker=maker,
-        rows=load_rows(recipe, maker, last),
+        rows=rows,
         balance=RouterBalance(find_routers(policy), recipe.router),
         objective=objective,
         teacher=load_teacher(recipe, policy, len(tokenizer), ranks),

@@ -239,7 +239,7 @@ class RecordedTeacher:
             values = _recording(row.columns(), section.columns, row.place)
             self._rows.setdefault(values["key"], []).append(values)
         for rows in self._rows.values():
-            rows.sort(key=lambda values: values.get("number") or 0)  # stable: without numbers as they stand
+            rows.sort(key=lambda values: values["number"] or 0)  # stable: without numbers as they stand
         files = find_files(section.path, section.split) or []
         whole = hashlib.sha256()
         for file in files:
@@ -297,13 +297,24 @@ def _recording(row: Any, columns: Mapping[str, str], place: str) -> dict[str, An
             f"{place}: a recording needs a text in the column {columns.get('completion', 'completion')}; name yours, e.g. "
             f"teacher.recordings.columns: {{completion: response}}"
         )
+    for name in ("number", "prompt_tokens", "completion_tokens", "seed"):
+        if values[name] is not None and type(values[name]) is not int:
+            column = columns.get(name, name)
+            raise ValueError(
+                f"{place}: {column} must be a whole number, not {values[name]!r:.60}; mend it, or leave it out"
+            )
+    for name in ("finish_reason", "teacher", "teacher_version"):
+        if values[name] is not None and not isinstance(values[name], str):
+            raise ValueError(f"{place}: {columns.get(name, name)} must be a text, not {values[name]!r:.60}")
     if values["prompt_id"] is not None:
         return {**values, "key": f"id:{values['prompt_id']}"}
-    if not isinstance(values["prompt"], str | list):
+    prompt: Any = values["prompt"]
+    is_chat = isinstance(prompt, list) and all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in prompt)
+    if not isinstance(prompt, str) and not (is_chat and prompt):
         raise ValueError(
             f"{place}: a recording needs prompt_id, or prompt (a text or messages), to say what it answers"
         )
-    return {**values, "key": _text_key(values["prompt"])}
+    return {**values, "key": _text_key(prompt)}
 
 
 def _text_key(prompt: str | Sequence[Message]) -> str:

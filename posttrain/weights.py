@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from posttrain.errors import ParityError
+from posttrain.flight_recorder import record
 from posttrain.metrics import Metric
 from posttrain.parity import ParityReport
 from posttrain.recipe import ParitySection
@@ -67,6 +68,7 @@ class Publisher:
         Raises:
             ParityError: a sampler did not receive, or does not use, what was sent.
         """
+        record("publication", version=version)
         snapshot = self.learner.export_weights(version)
         reports = self.samplers.load_weights(snapshot, self.canary)
         self.receipts = [self._receipt(index, snapshot, report) for index, report in enumerate(reports)]

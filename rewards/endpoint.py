@@ -14,6 +14,7 @@ from typing import Any
 from posttrain.types import Message
 from rewards.errors import Unavailable
 
+SHORTEST_KEY = 8  # characters; a shorter one is a word like "local", which answers hold by chance
 NO_KEY = "none"  # what is sent where no key is set: local servers without one accept anything
 RETRIED = (408, 409, 429, 500, 502, 503, 504)  # status codes that another attempt may change
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
@@ -132,7 +133,13 @@ class Endpoint:
                 last, pause = f"no answer within {self.timeout_seconds:g} s", None
             except openai.APIConnectionError as error:
                 last, pause = f"no connection: {self._without_key(str(error.__cause__ or error))}", None
-            except (ValueError, IndexError, AttributeError, TypeError) as error:  # not what the API promises
+            except (
+                ValueError,
+                IndexError,
+                AttributeError,
+                TypeError,
+                RecursionError,
+            ) as error:  # not what the API promises
                 last, pause = f"an answer that cannot be read: {type(error).__name__}", None
             if attempt < self.max_retries:
                 self.counts["retries"] += 1
@@ -160,22 +167,39 @@ class Endpoint:
         return (self.api_key_env and os.environ.get(self.api_key_env)) or NO_KEY
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key != NO_KEY else text
+        is_secret = self._key != NO_KEY and len(self._key) >= SHORTEST_KEY
+        return text.replace(self._key, "***") if is_secret else text
 
     def _reply(self, answer: Any) -> Reply:
         choice, usage = answer.choices[0], answer.usage
+        message = choice.message
+        reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+        # A server that says what it was sent must not have the key written down.
         found = Reply(
-            text=choice.message.content or "",
-            reasoning=getattr(choice.message, "reasoning_content", None)
-            or getattr(choice.message, "reasoning", None)
-            or "",
+            text=self._without_key(_text(message.content)),
+            reasoning=self._without_key(_text(reasoning)),
             finish_reason=str(choice.finish_reason),
-            prompt_tokens=usage.prompt_tokens if usage else 0,
-            completion_tokens=usage.completion_tokens if usage else 0,
-            model=str(getattr(answer, "model", None) or ""),
+            prompt_tokens=_count(usage, "prompt_tokens"),
+            completion_tokens=_count(usage, "completion_tokens"),
+            model=self._without_key(str(getattr(answer, "model", None) or "")),
         )
         self.counts.update(prompt_tokens=found.prompt_tokens, completion_tokens=found.completion_tokens)
         return found
+
+
+def _text(value: Any) -> str:
+    """Raises TypeError for what the API does not promise."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"a {type(value).__name__} where a text should be")
+    return value or ""
+
+
+def _count(usage: Any, name: str) -> int:
+    """Tokens, 0 where the server does not say. Raises TypeError for what is no number of tokens."""
+    value = getattr(usage, name, None) or 0
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise TypeError(f"{name} is {value!r:.40}")
+    return value
 
 
 def _reason(error: Any) -> str:

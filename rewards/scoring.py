@@ -8,9 +8,9 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
-from posttrain.types import Completion, Group, Prompt, RewardResult
+from posttrain.types import Completion, Group, Prompt, RewardResult, RewardStatus
 from rewards.errors import RewardError
 from rewards.forms import Form, form_of
 from rewards.resolve import GIVEN, anchored, resolve, resolve_once
@@ -154,18 +154,30 @@ class RewardFunction:
     def _checked_one(self, value: Any, completion: str) -> RewardResult:
         result = value if isinstance(value, RewardResult) else None
         score = result.score if result is not None else value
-        if not isinstance(score, numbers.Real) or not math.isfinite(score):
+        if not isinstance(score, numbers.Real) or not _is_finite(score):
             awaited = "; it is async inside a plain function: write async def" if inspect.isawaitable(value) else ""
             raise ValueError(
-                f"reward {self.name!r} ({self.function}) returned {score!r} ({type(score).__name__}) for completion "
+                f"reward {self.name!r} ({self.function}) returned {score!r:.120} ({type(score).__name__}) for completion "
                 f"{_shorten(completion)}; it must return a finite number or a RewardResult{awaited}"
             )
         if result is None:
             return RewardResult(float(score))
+        if result.status not in get_args(RewardStatus):
+            raise ValueError(
+                f"reward {self.name!r} ({self.function}) returned the status {result.status!r:.60}; it must be one of "
+                f"{', '.join(get_args(RewardStatus))}"
+            )
         return RewardResult(float(score), result.status, str(result.detail))
 
 
 PER_COMPLETION = ("finish_reason", "completion_length")  # metadata that differ within a group
+
+
+def _is_finite(score: numbers.Real) -> bool:
+    try:
+        return math.isfinite(score)
+    except (OverflowError, ValueError):  # a whole number that no float holds
+        return False
 
 
 def _shorten(text: str, limit: int = 120) -> str:

@@ -104,8 +104,10 @@ def cluster() -> Iterator[Any]:
 def parts(cluster: Any, policy_path: Path) -> Iterator[Parts]:
     from posttrain.cluster import session
 
-    with session(cluster.address, num_cpus=3):
-        yield Parts(policy_path, skip_version=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POSTTRAIN_ALLOW_OPEN_RAY", "1")  # the cluster of the fixture has no token
+        with session(cluster.address, num_cpus=3):
+            yield Parts(policy_path, skip_version=4)
 
 
 def test_sampler_and_learner_ranks_are_on_different_nodes(parts: Parts) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,7 +50,8 @@ class Scripted:
 def learn(learner: Scripted, advantages: list[float]) -> Any:
     samples = [Sample((1,), (2,), (-1.0,), advantage) for advantage in advantages]
     recipe = GrpoRecipe.model_validate(RECIPE)
-    job: Any = SimpleNamespace(recipe=recipe, learner=learner, critic=None, critic_warmup=0, step=0)
+    bundles = SimpleNamespace(watch=lambda *_: nullcontext({}))
+    job: Any = SimpleNamespace(recipe=recipe, learner=learner, bundles=bundles, critic=None, critic_warmup=0, step=0)
     return grpo.learn(samples, job, Verdict(None), measure=True)
 
 

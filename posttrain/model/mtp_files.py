@@ -44,6 +44,9 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     index = directory / SAFE_WEIGHTS_INDEX_NAME
     if index.exists():
         weight_map = json.loads(index.read_text())["weight_map"]
+        outside = [file for file in weight_map.values() if file in ("", "..") or Path(str(file)).name != file]
+        if outside:  # an index from elsewhere must not have other files of this machine read
+            raise ValueError(f"{index}: {outside[0]!r} is no file of this directory; copy the checkpoint again")
         return {name: directory / file for name, file in weight_map.items()}
     files: dict[str, Path] = {}
     for path in sorted(directory.glob("*.safetensors")):
