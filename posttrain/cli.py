@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from posttrain.disk import is_full
 from posttrain.environments import build_environment
 from posttrain.errors import RunStopped
 from posttrain.pipeline_graph import build_graph
@@ -36,6 +37,7 @@ from posttrain.recipe import (
     RewardSection,
 )
 from posttrain.recipe_file import check_files, load_recipe, module_of, nearest, stage_recipe
+from posttrain.resume import read_allowed
 from posttrain.reward_setup import build_reward
 
 # Options beyond --dry-run that a stage takes; each becomes a keyword of its `run`.
@@ -45,7 +47,11 @@ STAGE_OPTIONS = {
     "lineage": ("pipeline",),
     "prune": ("pipeline",),
 }
-NAMING_OPTIONS = {"only": ("pipeline",), "until": ("pipeline",)}  # the same for options with a value
+NAMING_OPTIONS = {  # the same for options with a value
+    "only": ("pipeline",),
+    "until": ("pipeline",),
+    "allow-change": ("sft", "reward_model", "grpo"),
+}
 EXPLAINED = {
     "resume": "go on where the run stopped: from its newest whole checkpoint, or with the answers it lacks",
     "preflight": "load policy and data, show what would be trained, and stop",
@@ -53,6 +59,7 @@ EXPLAINED = {
     "prune": "delete the directories that were put aside when their stage changed, and stop",
     "only": "run this stage and no other",
     "until": "run the stages up to this one",
+    "allow-change": "with --resume: keys of the recipe, with commas between, that are meant to differ from the checkpoint's",
 }
 OPTIONS = ("--config", "--dry-run", *(f"--{name}" for name in (*STAGE_OPTIONS, *NAMING_OPTIONS)), "--help")
 QUIET = {
@@ -108,6 +115,10 @@ def run_stage(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        if not is_full(error):
+            raise
+        return _end("stopped", RunStopped(f"the disk is full ({error}): make room, and go on with --resume"), 3)
 
 
 def _end(word: str, error: Exception, code: int) -> int:
@@ -164,7 +175,13 @@ def parse(stage: str, arguments: Sequence[str]) -> tuple[str, list[str], bool, d
     if len(files) != 1:
         given = ", ".join(map(repr, files)) or "none"
         raise RecipeError(f"command line: give one recipe file, not {given}; a change to it is written key.path=value")
-    return files[0], overrides, known.dry_run, {name: getattr(known, name) for name in (*taken, *named)}
+    options = {name: getattr(known, name.replace("-", "_")) for name in (*taken, *named)}
+    allowed = options.pop("allow-change", None)
+    if allowed is not None:
+        if not options["resume"]:
+            raise RecipeError("command line: --allow-change has no meaning without --resume; add it, or leave it out")
+        options["allow_change"] = read_allowed([allowed])
+    return files[0], overrides, known.dry_run, options
 
 
 def _split_overrides(stage: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
