@@ -223,7 +223,8 @@ def require_sound(path: str | Path) -> None:
         RunStopped: a file is not what was written.
     """
     directory = Path(path).expanduser()
-    found = manifest.problems(directory) if (directory / manifest.MANIFEST).exists() else []
+    is_ours = all((directory / name).exists() for name in (manifest.MANIFEST, PROGRESS))
+    found = manifest.problems(directory) if is_ours else []
     if found:
         raise RunStopped(
             f"{directory.resolve()} is damaged: {'; '.join(found[:3])}; take another checkpoint, make it again, or, if you "

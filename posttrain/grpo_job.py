@@ -33,7 +33,7 @@ from posttrain.rollout import Carrying, Generate, Rollout, Score
 from posttrain.router_log import RouterLog
 from posttrain.run_dir import RunDir
 from posttrain.saving import Saver
-from posttrain.step_guard import SkipWatch
+from posttrain.skip_watch import SkipWatch
 from posttrain.token_records import token_records
 from posttrain.types import Prompt, Sample, SamplingParams
 
@@ -330,8 +330,9 @@ def start(recipe: GrpoRecipe, *, resume: bool, allow_change: Sequence[str] = ())
     found = begin.path if begin else None
     run_dir.write_recipe(dump_recipe(recipe))
     run_dir.write_environment(recipe.seed)
-    for model_path in (recipe.model.model_name_or_path, recipe.teacher and recipe.teacher.model_name_or_path):
-        checkpoint.require_sound(model_path or "")
+    for place in (recipe.model, recipe.teacher, recipe.critic):
+        if place is not None and place.model_name_or_path is not None:
+            checkpoint.require_sound(place.model_name_or_path)
     path = str(found) if found else recipe.model.model_name_or_path
     model = recipe.model.model_copy(update={"model_name_or_path": path})
     assert path is not None

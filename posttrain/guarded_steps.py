@@ -14,7 +14,8 @@ from posttrain.disk import warn
 from posttrain.errors import RunStopped
 from posttrain.optimizer import set_hyperparameters
 from posttrain.sections import OptimizerSection
-from posttrain.step_guard import SKIPPED, StepGuard
+from posttrain.skip_watch import SKIPPED
+from posttrain.step_guard import StepGuard
 
 if TYPE_CHECKING:
     from transformers import Trainer as Base

@@ -282,9 +282,10 @@ class Learner:
     def save(self, path: str | Path) -> None:
         """Write policy and training state into an existing directory, the same files however many ranks there are."""
         is_main = self.rank == 0
-        self._policy.save(path, self._tokenizer, is_main=is_main)
+        # What all ranks take part in comes first: the first rank may find the disk full, and none must wait for it then.
         optimizer = learner_parallel.optimizer_state(self._optimizer, keep=is_main)
         generators = gather_rng()
+        self._policy.save(path, self._tokenizer, is_main=is_main)
         if is_main:
             state = {"optimizer": optimizer, "scheduler": self._scheduler.state_dict(), "rng": generators}
             torch.save(state, Path(path) / "trainer_state.pt")

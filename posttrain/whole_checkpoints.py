@@ -44,6 +44,14 @@ class WholeCheckpoints(Base):
         """JSON-able state of the data, kept with a checkpoint."""
         return {}
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().train(*args, **kwargs)
+        self._settle(require=False)
+        return found
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Nothing: TRL's card would lie in the trainer's directory and not beside the model."""
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
         written = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from posttrain import checkpoint
+from posttrain.cli import parse
 from posttrain.errors import RunStopped
 from posttrain.recipe import GrpoRecipe, Recipe, RecipeError, SftRecipe
 from posttrain.recipe_file import dump_recipe
@@ -168,3 +169,12 @@ def test_rows_may_be_spread_over_ranks_in_another_way_if_a_step_takes_as_many(ho
 def test_a_run_without_checkpoints_says_so(home: Path) -> None:
     with pytest.raises(RunStopped, match="--resume: no checkpoint in"):
         go_on(grpo(home, output_dir=str(home / "new")))
+
+
+def test_the_command_line_takes_the_keys_with_resume_only() -> None:
+    words = ["r.yaml", "--resume", "--allow-change", "max_steps,rewards", "seed=1"]
+    expected = ("r.yaml", ["seed=1"], False, {"resume": True, "allow_change": ("max_steps", "rewards")})
+    assert parse("grpo", words) == expected
+    assert parse("sft", ["r.yaml", "--resume", "--allow-change=seed"])[3]["allow_change"] == ("seed",)
+    with pytest.raises(RecipeError, match="--allow-change has no meaning without --resume"):
+        parse("reward_model", ["r.yaml", "--allow-change", "seed"])

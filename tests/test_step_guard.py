@@ -22,7 +22,8 @@ from posttrain.model.router import find_routers
 from posttrain.packing import pack
 from posttrain.recipe import AlgorithmSection, GrpoRouterSection, LearnerSection, ModelSection, OptimizerSection
 from posttrain.sft_trainer import PolicyTrainer
-from posttrain.step_guard import SkipWatch, StepGuard
+from posttrain.skip_watch import SkipWatch
+from posttrain.step_guard import StepGuard
 from posttrain.types import Sample, TrainBatch
 from tests.oracles.grpo_loss import random_samples, tiny_policy
 
