@@ -95,6 +95,11 @@ def made_with(recipe: Recipe, rows_per_step: int | None = None) -> dict[str, Any
     return {MADE_WITH: {"recipe": {**neutral_recipe(recipe, recipe.run_dir), **more}, "inputs": rows}}
 
 
+def made_with_on(recipe: Recipe, ranks: PartialState) -> dict[str, Any]:
+    """`made_with` of a stage on a TRL trainer; nothing on ranks but the first, which alone saves and compares."""
+    return made_with(recipe, rows_per_step(recipe, ranks.num_processes)) if ranks.is_main_process else {}
+
+
 def start_from(
     recipe: Recipe, run_dir: RunDir, kept: Mapping[str, Any], allowed: Sequence[str], *, from_start: bool = False
 ) -> Start:

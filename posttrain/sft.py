@@ -49,7 +49,7 @@ def run(recipe: SftRecipe, *, resume: bool = False, preflight: bool = False, all
     run_dir = RunDir(recipe.run_dir)
     if not resume and not preflight:
         checkpoint.require_fresh(run_dir.checkpoints)
-    made_with = resuming.made_with(recipe, resuming.rows_per_step(recipe, ranks.num_processes))
+    made_with = resuming.made_with_on(recipe, ranks)
     last = resuming.last_checkpoint(recipe, run_dir, made_with, allow_change, ranks) if resume else None
     if ranks.is_main_process:
         run_dir.write_recipe(dump_recipe(recipe))

@@ -8,12 +8,16 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from posttrain import checkpoint
 from posttrain.errors import RunStopped
+from posttrain.pipeline import require_inputs
 from posttrain.saving import Saver
+from posttrain.stage_inputs import Input
 
 
 @pytest.fixture
@@ -132,3 +136,12 @@ def test_what_is_saved_beside_the_run_is_whole_after_it_was_waited_for(tmp_path:
 
     with pytest.raises(ValueError, match="no matter of the disk"):
         saver.save(4, fail, {})
+
+
+def test_a_pipeline_does_not_hand_on_a_damaged_checkpoint(checkpoints: Path) -> None:
+    made = Input("model.model_name_or_path", "{run_dir}/sft/checkpoints/latest", checkpoints / "latest", "sft")
+    stage: Any = SimpleNamespace(name="grpo", inputs=(made,))
+    require_inputs(stage)
+    flip(checkpoints / "step-3" / "critic" / "trainer_state.pt")
+    with pytest.raises(RunStopped, match=r"step-3 is damaged: critic/trainer_state.pt"):
+        require_inputs(stage)
