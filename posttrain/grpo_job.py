@@ -21,7 +21,7 @@ from posttrain.distillation import require_same_vocabulary
 from posttrain.episode_reward import episode_scorer
 from posttrain.episodes import episodes
 from posttrain.errors import RunStopped
-from posttrain.grpo_resume import REFERENCES, reference_of, restore_prompts
+from posttrain.grpo_resume import REFERENCES, reference_of, renewed_at, restore_prompts
 from posttrain.metrics import Metric, MetricsLog
 from posttrain.parity import Mismatch
 from posttrain.progress import Progress, before_after_table, paths_written
@@ -350,7 +350,8 @@ def start(recipe: GrpoRecipe, *, resume: bool, allow_change: Sequence[str] = ())
     )
     with session(recipe.ray_address, _cpus(recipe)), ExitStack() as stack:
         samplers = SamplerPool(model, recipe.sampler, recipe.seed, faults=recipe.faults, rollout=recipe.rollout)
-        learner = _learner(recipe, model, reference_of(recipe, run_dir.path, found))
+        reference = reference_of(recipe, run_dir.path, found)
+        learner = _learner(recipe, model, reference)
         critic = _critic(recipe, model, found)
         generate = stack.enter_context(
             episodes(recipe.environment, samplers.generate, tokenizer, recipe.sampler.max_model_len)
@@ -405,7 +406,7 @@ def start(recipe: GrpoRecipe, *, resume: bool, allow_change: Sequence[str] = ())
                 rates,
                 step,
                 saved_step=step,
-                reference_step=progress.get("reference_step"),
+                reference_step=renewed_at(reference),
                 made_with=made,
             )
             for kept, watch in (("skips", job.skips), ("critic_skips", job.critic_skips)):

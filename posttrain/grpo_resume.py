@@ -48,6 +48,12 @@ def reference_of(recipe: GrpoRecipe, run_dir: Path, resumed_from: Path | None) -
     return str(path)
 
 
+def renewed_at(reference: str | None) -> int | None:
+    """The step whose policy `reference_of` gave; None for the one that training started from."""
+    path = Path(reference or "")
+    return int(path.name.removeprefix("step-")) if path.parent.name == REFERENCES else None
+
+
 def restore_prompts(prompts: PromptStream, cursor: Mapping[str, Any], begin: Start) -> None:
     """Go on in the data; from its beginning where the user has allowed other data.
 
