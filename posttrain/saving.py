@@ -74,11 +74,12 @@ class Saver:
     def give_up(self, step: int, written: Path, error: BaseException) -> None:
         """Remove what a full disk has let through, say so, and go on."""
         shutil.rmtree(written, ignore_errors=True)
-        self.trouble = f"step {step}: {_one_line(error)}"
+        self.trouble = f"the checkpoint of step {step} was not written: {_one_line(error)}"
         newest = checkpoint.newest_trained(self.directory)
         disk.warn(
-            f"the checkpoint of step {step} could not be written to {self.directory}: {_one_line(error)}; the run goes on, "
-            f"{newest.name if newest else 'nothing'} is the newest whole one, and the next save tries again: make room"
+            f"the disk is full: the checkpoint of step {step} could not be written to {self.directory} ({_one_line(error)}); "
+            f"the run goes on, the newest whole one is {newest.name if newest else 'none'}, and the next save tries again: "
+            f"make room"
         )
 
     def require(self) -> None:
