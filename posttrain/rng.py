@@ -11,7 +11,8 @@ import torch
 
 def rng_state() -> dict[str, Any]:
     """Of Python, NumPy and torch; readable by `torch.load(weights_only=True)`."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    legacy: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = legacy
     state = {
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), position, has_gauss, cached),
