@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.metrics import Metric
+from posttrain.log_file import append_lines
+from posttrain.metrics import Metric, lines_until
 from posttrain.recipe import AuditSection
 from posttrain.reward_pool import Scored
+from posttrain.run_dir import write_atomically
 from posttrain.types import Completion, Group, Prompt
 from rewards.extract import split_answer
 
@@ -201,13 +203,19 @@ def _running_means(values: Sequence[float], window: int) -> list[float]:
     return [statistics.fmean(values[end - window : end]) for end in range(window, len(values) + 1)]
 
 
+ALARMS, SUSPICIOUS = "alarms.jsonl", "suspicious.jsonl"  # in the run directory
+
+
 def write_look(run_dir: Path, step: int, look: Look) -> None:
     """Append what was found to `alarms.jsonl` and `suspicious.jsonl`."""
-    rows = {
-        "alarms.jsonl": [{"step": step, "alarm": alarm} for alarm in look.alarms],
-        "suspicious.jsonl": look.suspicious,
-    }
+    rows = {ALARMS: [{"step": step, "alarm": alarm} for alarm in look.alarms], SUSPICIOUS: look.suspicious}
     for name, found in rows.items():
         if found:
-            with (run_dir / name).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+            append_lines(run_dir / name, [json.dumps(row, ensure_ascii=False) for row in found], "; they are lost")
+
+
+def forget_looks(run_dir: Path, step: int) -> None:
+    """Drop what was found after a step, where a run goes on from there: it will be found again."""
+    for path in (run_dir / ALARMS, run_dir / SUSPICIOUS):
+        if path.exists():
+            write_atomically(path, "".join(lines_until(path, step)))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 BUNDLE, SAMPLES, POLICY = "bundle.json", "samples.safetensors", "policy"
-LOSS, GRAD_NORM = "policy/loss", "optim/grad_norm"
+LOSS, GRAD_NORM, SKIPPED = "policy/loss", "optim/grad_norm", "optim/skipped"
 KEPT = 5  # bundles of a run, the first ones: what went wrong first is what explains the rest
 MOST_WEIGHTS = 16 * 2**30  # bytes of a policy that is written into a bundle
 INTEGERS = ("prompt_ids", "completion_ids", "trained", "experts_TLK", "candidates_TC")  # the other arrays are float64
@@ -73,8 +73,9 @@ class BundleKeeper:
             self._keep(job, minibatch, algorithm, seen, number, f"{type(error).__name__}: {error}")
             raise
         wrong = [name for name in (LOSS, GRAD_NORM) if name in seen and not math.isfinite(seen[name].value)]
-        if wrong:
-            said = ", ".join(f"{name} is {seen[name].value}" for name in wrong)
+        skipped = SKIPPED in seen and seen[SKIPPED].value > 0
+        if wrong or skipped:
+            said = ", ".join(f"{name} is {seen[name].value}" for name in wrong) or "its gradient norm was refused"
             self._keep(job, minibatch, algorithm, seen, number, said)
 
     def _keep(
@@ -139,7 +140,9 @@ def _completion(groups: Sequence[Any], sample: Sample) -> dict[str, Any]:
 def _expected(job: GrpoJob, seen: Mapping[str, Metric]) -> dict[str, float]:
     """Loss and gradient norm, as far as the step got."""
     found = {name: seen[name].value for name in (LOSS, GRAD_NORM) if name in seen}
-    if LOSS in found and GRAD_NORM not in found:  # the step was refused, so the gradient is still there
+    if (
+        LOSS in found and GRAD_NORM not in found and SKIPPED not in seen
+    ):  # it was not stepped on: the gradient is still there
         found[GRAD_NORM] = norm(job.learner.gradients())
     return found
 

@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from posttrain.disk import is_full
 from posttrain.environments import build_environment
 from posttrain.errors import RunStopped
 from posttrain.flight_recorder import recording
@@ -37,6 +38,7 @@ from posttrain.recipe import (
 )
 from posttrain.recipe_file import check_files, load_recipe, module_of, nearest, stage_recipe, walk
 from posttrain.redaction import redact
+from posttrain.resume import read_allowed
 from posttrain.reward_setup import build_reward
 from posttrain.threads import SHORT_SPIN
 
@@ -47,7 +49,11 @@ STAGE_OPTIONS = {
     "lineage": ("pipeline",),
     "prune": ("pipeline",),
 }
-NAMING_OPTIONS = {"only": ("pipeline",), "until": ("pipeline",)}  # the same for options with a value
+NAMING_OPTIONS = {  # the same for options with a value
+    "only": ("pipeline",),
+    "until": ("pipeline",),
+    "allow-change": ("sft", "reward_model", "grpo"),
+}
 EXPLAINED = {
     "resume": "go on where the run stopped: from its newest whole checkpoint, or with the answers it lacks",
     "preflight": "load policy and data, show what would be trained, and stop",
@@ -55,6 +61,7 @@ EXPLAINED = {
     "prune": "delete the directories that were put aside when their stage changed, and stop",
     "only": "run this stage and no other",
     "until": "run the stages up to this one",
+    "allow-change": "with --resume: keys of the recipe, with commas between, that are meant to differ from the checkpoint's",
 }
 LOOKING = ("preflight", "lineage")  # options with which a stage shows something and stops
 OPTIONS = ("--config", "--dry-run", *(f"--{name}" for name in (*STAGE_OPTIONS, *NAMING_OPTIONS)), "--help")
@@ -138,6 +145,10 @@ def _run_stage(
             raise
         goes_on = "--resume goes on" if "resume" in options else "the same command goes on or begins again"
         return _end("stopped", RunStopped(f"the program that read the output has ended; {goes_on}"), 3)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        return _end("stopped", RunStopped(f"the disk is full ({error}): make room, and go on with --resume"), 3)
 
 
 def _warn_of_remote_code(recipe: Recipe) -> None:
@@ -193,7 +204,13 @@ def parse(stage: str, arguments: Sequence[str]) -> tuple[str, list[str], bool, d
     if len(files) != 1:
         given = ", ".join(map(repr, files)) or "none"
         raise RecipeError(f"command line: give one recipe file, not {given}; a change to it is written key.path=value")
-    return files[0], overrides, known.dry_run, {name: getattr(known, name) for name in (*taken, *named)}
+    options = {name: getattr(known, name.replace("-", "_")) for name in (*taken, *named)}
+    allowed = options.pop("allow-change", None)
+    if allowed is not None:
+        if not options["resume"]:
+            raise RecipeError("command line: --allow-change has no meaning without --resume; add it, or leave it out")
+        options["allow_change"] = read_allowed([allowed])
+    return files[0], overrides, known.dry_run, options
 
 
 def _split_overrides(stage: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:

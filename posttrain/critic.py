@@ -15,14 +15,14 @@ import torch
 from accelerate import Accelerator
 
 from posttrain import losses
-from posttrain.errors import RunStopped
 from posttrain.learner_offload import HOME, move_state, state_on
 from posttrain.metrics import Metric
 from posttrain.model.load import load_tokenizer, save_policy
 from posttrain.model.reward_head import load_reward_model
-from posttrain.optimizer import decay_groups, schedule
+from posttrain.optimizer import decay_groups, schedule, set_hyperparameters
 from posttrain.packing import to_device, unpack
 from posttrain.recipe import CriticSection, LearnerSection, ModelSection
+from posttrain.step_guard import StepGuard
 from posttrain.types import Microbatch, Sample, TrainBatch
 
 
@@ -82,7 +82,8 @@ class Critic:
             eps=section.optimizer.adam_epsilon,
         )
         self._scheduler = schedule(optimizer, section.optimizer, total_steps)
-        self._max_grad_norm = section.optimizer.max_grad_norm
+        self._optimizer_section = section.optimizer
+        self._guard = StepGuard(section.optimizer, self._accelerator.device)
         self._wrapped, self._optimizer = self._accelerator.prepare(self._model, optimizer)
 
     @torch.no_grad()
@@ -105,28 +106,24 @@ class Critic:
                 loss_sum, sums = losses.value_loss(values_RW, old_RW, returns_RW, microbatch.loss_mask_RW, self._clip)
                 # Ranks' gradients are averaged, so the sum over ranks needs their number.
                 self._accelerator.backward(loss_sum * (self._accelerator.num_processes / batch.num_loss_tokens))
+            self._guard.see(loss_sum)
             for name, value in sums.items():
                 before = metrics[f"critic/{name}"].value if f"critic/{name}" in metrics else 0.0
                 metrics[f"critic/{name}"] = Metric(before + float(value) / batch.num_loss_tokens, "sum")
         return metrics
 
     def optim_step(self) -> dict[str, Metric]:
-        """Clip and step."""
-        grad_norm = float(self._accelerator.clip_grad_norm_(self._wrapped.parameters(), self._max_grad_norm))
-        if not torch.isfinite(torch.tensor(grad_norm)):
-            raise RunStopped(
-                f"the critic's gradient norm is {grad_norm}: the step was not taken and the last checkpoint is whole; lower "
-                f"critic.optimizer.learning_rate"
-            )
-        learning_rate = self._scheduler.get_last_lr()[0]
-        with state_on(self._optimizer, self._accelerator.device) if self._offloaded else nullcontext():
-            self._optimizer.step()
+        """Clip and step, unless the guard says no (see `Learner.optim_step`)."""
+        limit = self._optimizer_section.max_grad_norm
+        grad_norm = float(self._accelerator.clip_grad_norm_(self._wrapped.parameters(), limit))
+        metrics = {"critic/learning_rate": Metric(self._scheduler.get_last_lr()[0], "last")}
+        if self._guard.allows(grad_norm):
+            metrics["critic/grad_norm"] = Metric(grad_norm, "mean")
+            with state_on(self._optimizer, self._accelerator.device) if self._offloaded else nullcontext():
+                self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad()
-        return {
-            "critic/grad_norm": Metric(grad_norm, "mean"),
-            "critic/learning_rate": Metric(learning_rate, "last"),
-        }
+        return {**metrics, **self._guard.metrics("critic")}
 
     def save(self, path: str | Path) -> None:
         """Write the critic, as a sequence classifier, and its training state into an existing directory; rank 0 only."""
@@ -142,6 +139,7 @@ class Critic:
         if self._offloaded:
             move_state(self._optimizer, HOME)
         self._scheduler.load_state_dict(state["scheduler"])
+        set_hyperparameters(self._optimizer, self._scheduler, self._optimizer_section)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The accumulated gradient by parameter name (copies), for inspection."""

@@ -25,7 +25,7 @@ from posttrain.stage_inputs import Input, neutral
 CACHE = "digests.json"  # in the pipeline's run directory
 TRAINING_STATE = (
     *("optimizer*.pt", "optimizer*.bin", "scheduler.pt", "rng_state*", "scaler.pt", "training_args.bin"),
-    *("trainer_state.json", "trainer_state.pt", "progress.json", "*.distcp"),
+    *("trainer_state.json", "trainer_state.pt", "progress.json", "manifest.json", "*.distcp"),
 )
 LOGS = (
     *("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "report.html", "stage.json"),
@@ -34,6 +34,8 @@ LOGS = (
 )  # at the top of a stage's directory
 SETTLED_SECONDS = 1.0  # a file changed more recently could change again without its times showing it
 LARGE = 8 * 2**30  # bytes; from here on hashing is worth a word
+SAMPLED = 64  # blocks of a large file that `quick_digest` reads
+BLOCK = 2**20  # bytes
 
 
 class Digests:
@@ -91,6 +93,28 @@ def tree_digest(files: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{files[name]}  {name}\n" for name in sorted(files)).encode()).hexdigest()
 
 
+def quick_digest(path: Path) -> str:
+    """What tells one file or directory from another: all of small files, and of large ones the size and 64 MiB of blocks
+    spread evenly. Training state is left out, as in `Digests`.
+    """
+    if path.is_file():
+        return _quick_file(path)
+    return tree_digest({name: _quick_file(path / name) for name in _files(path.resolve(), ())})
+
+
+def _quick_file(path: Path) -> str:
+    size = path.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= SAMPLED * BLOCK:
+            found.update(file.read())
+            return found.hexdigest()
+        for number in range(SAMPLED):
+            file.seek((size - BLOCK) * number // (SAMPLED - 1))
+            found.update(file.read(BLOCK))
+    return found.hexdigest()
+
+
 def _files(top: Path, leave_out: Sequence[str]) -> Iterator[str]:
     for folder, folders, names in os.walk(top):
         is_top = Path(folder) == top
@@ -103,7 +127,7 @@ def _files(top: Path, leave_out: Sequence[str]) -> Iterator[str]:
 
 
 def _is_left_out(name: str, patterns: Sequence[str]) -> bool:
-    hidden = name.startswith(".") or name.endswith(".partial")
+    hidden = name.startswith(".") or name.endswith(".partial") or fnmatch.fnmatch(name, "step-*.broken*")
     return hidden or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 

@@ -27,6 +27,7 @@ from posttrain import advantages, distillation, grpo_job, rollout
 from posttrain.breaker import Verdict
 from posttrain.cli import run_stage
 from posttrain.grpo_job import GrpoJob
+from posttrain.grpo_resume import heed_skips
 from posttrain.interrupt import StopRequest, graceful_stop
 from posttrain.metrics import Metric, merge
 from posttrain.parity import Agreement, require_parity
@@ -36,9 +37,9 @@ from posttrain.rollout import Rollout, Source
 from posttrain.types import Sample
 
 
-def run(recipe: GrpoRecipe, *, resume: bool = False) -> int:
+def run(recipe: GrpoRecipe, *, resume: bool = False, allow_change: Sequence[str] = ()) -> int:
     """Train as the recipe says. Returns the exit code: 0, or 130 when a signal ended the run early."""
-    with graceful_stop() as stop, grpo_job.start(recipe, resume=resume) as job:
+    with graceful_stop() as stop, grpo_job.start(recipe, resume=resume, allow_change=allow_change) as job:
         before = job.evaluate()
         with Progress("grpo", recipe.max_steps) as progress:
             train(job, stop, progress)
@@ -79,6 +80,7 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
                 verdict = Verdict(None)
                 learned, measured = learn(samples, job, verdict, measure=True)
                 agreement = measured or score(samples, job)[1]  # of the batch where nothing of it could be trained on
+            heed_skips(job, learned)
             learned |= {**agreement[0].metrics(), **agreement[1].metrics(), **distillation.metrics(samples)}
 
             trained = time.perf_counter()
@@ -239,9 +241,9 @@ def learn(
                     require_parity(agreement[0], job.recipe.parity)
                 else:
                     losses = job.learner.forward_backward(minibatch, algorithm)
-                seen.update(losses)
+                    seen.update(losses)
                 seen.update(job.learner.optim_step())
-            metrics.append({**seen, "optim/steps": Metric(1, "sum")})
+            metrics.append(seen)
             if algorithm.target_kl is not None and losses["policy/kl_old"].value > algorithm.target_kl:
                 return merge(metrics), agreement
     return merge(metrics), agreement

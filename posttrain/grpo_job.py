@@ -13,7 +13,7 @@ from data.prompts import PromptStream
 from eval.report import write_report
 from eval.suite import EvalResult, eval_prompts, evaluate
 from posttrain import checkpoint
-from posttrain.audit import Look, RewardAudit, write_look
+from posttrain.audit import Look, RewardAudit, forget_looks, write_look
 from posttrain.best import BestCheckpoint
 from posttrain.breaker import Breaker, Verdict
 from posttrain.bundles import BundleKeeper
@@ -23,15 +23,19 @@ from posttrain.episode_reward import episode_scorer
 from posttrain.episodes import episodes
 from posttrain.errors import RunStopped
 from posttrain.flight_recorder import LOGS, record
+from posttrain.grpo_resume import REFERENCES, reference_of, renewed_at, restore_prompts
 from posttrain.metrics import Metric, MetricsLog
 from posttrain.parity import Mismatch
 from posttrain.progress import Progress, before_after_table, paths_written
 from posttrain.recipe import CriticSection, GrpoRecipe, ModelSection
 from posttrain.recipe_file import dump_recipe
 from posttrain.records import data_errors, load_records
+from posttrain.resume import made_with, start_from
 from posttrain.rollout import Carrying, Generate, Rollout, Score
 from posttrain.router_log import RouterLog
 from posttrain.run_dir import RunDir
+from posttrain.saving import Saver
+from posttrain.skip_watch import SkipWatch
 from posttrain.token_records import token_records
 from posttrain.types import Prompt, Sample, SamplingParams
 
@@ -41,7 +45,6 @@ if TYPE_CHECKING:
     from posttrain.weights import Publisher, Receipt
 
 
-REFERENCES = "references"  # in the run directory
 CRITIC = "critic"  # in a checkpoint
 
 
@@ -71,7 +74,15 @@ class GrpoJob:
     started: float = field(default_factory=time.perf_counter)
     last_metrics: dict[str, Metric] = field(default_factory=dict)
     saved_step: int = -1
+    reference_step: int | None = None  # whose policy is the reference; None: the one that training started from
+    made_with: Mapping[str, Any] = field(default_factory=dict)  # of the recipe, see `posttrain.resume`
     cursor: Mapping[str, Any] = field(default_factory=dict)  # of the prompts, after those that were trained on
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.run_dir.checkpoints, self.recipe.checkpoint.save_total_limit)
+        self.skips = SkipWatch(self.recipe.optimizer, "optim")
+        critic = self.recipe.critic or CriticSection()
+        self.critic_skips = SkipWatch(critic.optimizer, "critic")
 
     @property
     def critic_warmup(self) -> int:
@@ -172,13 +183,20 @@ class GrpoJob:
         # The first step is always saved: a full disk or a missing permission shows before hours are spent.
         is_due = self.step == 1 or (save_steps and self.step % save_steps == 0)
         # A checkpoint of doubtful steps would push out the one to go back to.
-        if (is_due and not (self.breaker and self.breaker.is_tripped)) or is_best:
+        if (is_due and not self._is_doubtful) or is_best:
             self.save()
+            if self.step == 1:
+                self.saver.require()
+
+    @property
+    def _is_doubtful(self) -> bool:
+        """Whether the breaker has tripped at the present step, or the learner has not taken its last one."""
+        tripped = self.breaker is not None and self.breaker.is_tripped
+        return tripped or bool(self.skips.in_a_row or self.critic_skips.in_a_row)
 
     def _is_best(self, result: EvalResult) -> bool:
         """Whether the present step is to be kept for its pass@1; doubtful steps are not."""
-        doubtful = self.breaker is not None and self.breaker.is_tripped
-        return self.best is not None and not doubtful and self.best.take(self.step, result.pass_at_1.value)
+        return self.best is not None and not self._is_doubtful and self.best.take(self.step, result.pass_at_1.value)
 
     def _heed(self, look: Look, progress: Progress) -> None:
         """Keep what the audit found, say what alarms began, and stop if the recipe asks for that."""
@@ -188,9 +206,11 @@ class GrpoJob:
         assert self.recipe.audit is not None
         if look.alarms and self.recipe.audit.on_alarm == "stop":
             self.save()
+            self.saver.require()
             raise RunStopped(
                 f"the audit of the rewards raised an alarm at step {self.step}: {look.alarms[0]}; see alarms.jsonl and "
-                f"suspicious.jsonl, mend the reward, and go on with --resume or from an earlier checkpoint"
+                f"suspicious.jsonl, mend the reward, and go on with --resume --allow-change rewards, or from an earlier "
+                f"checkpoint"
             )
 
     def look_for_mismatch(self, apart: Mismatch) -> Verdict:
@@ -203,6 +223,7 @@ class GrpoJob:
             return Verdict(None)
         verdict = self.breaker.look(apart, self.step)
         if verdict.action == "rollback":
+            self.saver.settle()
             good = [
                 path
                 for path in checkpoint.whole(self.run_dir.checkpoints)
@@ -212,9 +233,11 @@ class GrpoJob:
                 raise RunStopped(
                     f"{verdict.reason}; there is no checkpoint from before version {verdict.first_bad_version}"
                 )
+            checkpoint.require_sound(good[-1])
             self.learner.roll_back(str(good[-1].resolve()))
         if verdict.action == "stop":
             self.save()
+            self.saver.require()
             raise RunStopped(
                 f"{verdict.reason}: sampler and learner are too far apart to train; a checkpoint was saved, mend what the "
                 f"causes point to (docs/grpo.md) and go on with --resume"
@@ -226,27 +249,28 @@ class GrpoJob:
         every = self.recipe.algorithm.reference_refresh_steps
         if self.recipe.algorithm.beta and every and self.step % every == 0:
             self.learner.renew_reference()
+            self.reference_step = self.step
             # As many as a run that goes on from an older checkpoint may need.
-            keep = 2 + self.recipe.checkpoint.save_steps // every
-            checkpoint.save(self.run_dir.path / REFERENCES, self.step, self.learner.save, {}, keep=keep)
+            saving = self.recipe.checkpoint
+            kept = Saver(self.run_dir.path / REFERENCES, 2 + saving.save_total_limit * saving.save_steps // every)
+            kept.save(self.step, self.learner.save, {})
+            kept.require()  # no checkpoint from here on is worth anything without it
 
-    def save(self) -> Path:
-        """Write a checkpoint of the present step."""
+    def save(self) -> None:
+        """Write a checkpoint of the present step; `saver.settle` waits for its end. On a full disk the run goes on."""
         record("checkpoint", step=self.step)
-        self.saved_step = self.step
-        parts = {"audit": self.audit, "breaker": self.breaker, "best": self.best, "curriculum": self.rates}
+        parts = {
+            **{"audit": self.audit, "breaker": self.breaker, "best": self.best, "curriculum": self.rates},
+            **{"skips": self.skips, "critic_skips": self.critic_skips},
+        }
         state = {
             "prompts": self.cursor or self.prompts.state(),
+            "reference_step": self.reference_step,
+            **self.made_with,
             **{name: part.state() for name, part in parts.items() if part is not None},
         }
-        return checkpoint.save(
-            self.run_dir.checkpoints,
-            self.step,
-            self._write,
-            state,
-            keep=self.recipe.checkpoint.save_total_limit,
-            best=self.best.step if self.best else None,
-        )
+        if self.saver.save(self.step, self._write, state, best=self.best.step if self.best else None):
+            self.saved_step = self.step
 
     def _write(self, path: str) -> None:
         """The files of a checkpoint: the policy, and the critic in a directory of its own."""
@@ -268,8 +292,10 @@ class GrpoJob:
     def finish(self, before: EvalResult | None, after: EvalResult | None) -> None:
         """Save, write summary and report, and show what came of the run."""
         is_best = after is not None and self._is_best(after)
-        if self.saved_step != self.step or is_best:
+        if not self.saver.settle() or self.saved_step != self.step or is_best:
             self.save()
+        self.saver.require()
+        self.run_dir.write_waiting()
         results = {name: r.to_dict() for name, r in (("before", before), ("after", after)) if r is not None}
         self.run_dir.write_summary(
             {
@@ -291,11 +317,11 @@ class GrpoJob:
 
 
 @contextmanager
-def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
+def start(recipe: GrpoRecipe, *, resume: bool, allow_change: Sequence[str] = ()) -> Iterator[GrpoJob]:
     """Start Ray, learner and samplers, publish the first version, and stop all of it at the end.
 
     Raises:
-        RunStopped: resuming without a whole checkpoint.
+        RunStopped: resuming without a whole checkpoint, or with a recipe that means something else.
         ParityError: the samplers do not hold the learner's weights at the start.
     """
     from posttrain.cluster import SamplerPool, StepGauges, session
@@ -306,9 +332,14 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
     run_dir = RunDir(recipe.run_dir)
     if not resume:
         checkpoint.require_fresh(run_dir.checkpoints)
+    made = made_with(recipe)
+    begin = start_from(recipe, run_dir, made, allow_change, from_start=True) if resume else None
+    found = begin.path if begin else None
     run_dir.write_recipe(dump_recipe(recipe))
     run_dir.write_environment(recipe.seed)
-    found = _resume_from(run_dir) if resume else None
+    for place in (recipe.model, recipe.teacher, recipe.critic):
+        if place is not None and place.model_name_or_path is not None:
+            checkpoint.require_sound(place.model_name_or_path)
     path = str(found) if found else recipe.model.model_name_or_path
     model = recipe.model.model_copy(update={"model_name_or_path": path})
     assert path is not None
@@ -327,7 +358,8 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
         )
     with session(recipe.ray_address, _cpus(recipe), run_dir.path / LOGS), ExitStack() as stack:
         samplers = SamplerPool(model, recipe.sampler, recipe.seed, faults=recipe.faults, rollout=recipe.rollout)
-        learner = _learner(recipe, model, _reference(recipe, run_dir, found))
+        reference = reference_of(recipe, run_dir.path, found)
+        learner = _learner(recipe, model, reference)
         critic = _critic(recipe, model, found)
         generate = stack.enter_context(
             episodes(recipe.environment, samplers.generate, tokenizer, recipe.sampler.max_model_len)
@@ -345,22 +377,24 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
             len(tokenizer), recipe.parity.canary_sequences, recipe.parity.canary_length, recipe.seed
         )
         publisher = Publisher(learner, samplers, recipe.parity, canary)
-        step = 0
-        if found:
+        step, progress = 0, {}
+        if begin is not None and found:
             progress = checkpoint.load_progress(found)
             step = progress["step"]
             learner.restore(str(found.resolve()))
             if critic is not None:
                 critic.restore(str(found.resolve() / CRITIC))
-            prompts.restore(progress["prompts"])
+            restore_prompts(prompts, progress["prompts"], begin)
             for kept, part in (("audit", audit), ("breaker", breaker), ("best", best), ("curriculum", rates)):
                 if part is not None and kept in progress:
                     part.restore(progress[kept])
+            run_dir.forget_samples(step)
+            forget_looks(run_dir.path, step)
         log = MetricsLog(run_dir.path, recipe.report_to, resume_step=step if resume else None)
         router_log = RouterLog(run_dir.path, resume_step=step if resume else None)
         publisher.publish(step)
         try:
-            yield GrpoJob(
+            job = GrpoJob(
                 recipe,
                 run_dir,
                 log,
@@ -381,7 +415,13 @@ def start(recipe: GrpoRecipe, *, resume: bool) -> Iterator[GrpoJob]:
                 rates,
                 step,
                 saved_step=step,
+                reference_step=renewed_at(reference),
+                made_with=made,
             )
+            for kept, watch in (("skips", job.skips), ("critic_skips", job.critic_skips)):
+                if kept in progress:
+                    watch.restore(progress[kept])
+            yield job
         finally:
             log.close()
             for pool in (rewards, verifier):
@@ -442,29 +482,3 @@ def _critic(recipe: GrpoRecipe, model: ModelSection, resumed_from: Path | None) 
 def _total_steps(recipe: GrpoRecipe) -> int:
     """Optimizer steps of the whole run."""
     return recipe.max_steps * recipe.algorithm.num_minibatches * recipe.algorithm.num_iterations
-
-
-def _reference(recipe: GrpoRecipe, run_dir: RunDir, resumed_from: Path | None) -> str | None:
-    """The reference policy: the one that training started from, or the one that was renewed last before the checkpoint.
-
-    None where the recipe needs none.
-    """
-    if not recipe.algorithm.beta:
-        return None
-    if resumed_from is not None:
-        step = checkpoint.load_progress(resumed_from)["step"]
-        kept = [
-            path
-            for path in checkpoint.whole(run_dir.path / REFERENCES)
-            if checkpoint.load_progress(path)["step"] <= step
-        ]
-        if kept:
-            return str(kept[-1])
-    return recipe.model.model_name_or_path
-
-
-def _resume_from(run_dir: RunDir) -> Path:
-    found = checkpoint.whole(run_dir.checkpoints)
-    if not found:
-        raise RunStopped(f"--resume: no whole checkpoint in {run_dir.checkpoints}; start without --resume")
-    return found[-1]

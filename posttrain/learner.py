@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 
 from posttrain import learner_offload, learner_parallel
-from posttrain.errors import RunStopped
 from posttrain.learner_model import LearnerPolicy, load_weights
 from posttrain.learner_scores import Scores, compare_microbatch
 from posttrain.metrics import Metric
@@ -26,7 +25,7 @@ from posttrain.model.balance import RouterBalance
 from posttrain.model.replay import replay_routing
 from posttrain.model.token_scorer import TokenScorer
 from posttrain.objective import denominator, objective
-from posttrain.optimizer import decay_groups, schedule
+from posttrain.optimizer import decay_groups, schedule, set_hyperparameters
 from posttrain.packing import to_device, unpack
 from posttrain.parity import Agreement, Mismatch, ParityReport
 from posttrain.recipe import (
@@ -37,6 +36,8 @@ from posttrain.recipe import (
     ModelSection,
     OptimizerSection,
 )
+from posttrain.rng import gather_rng, restore_rng
+from posttrain.step_guard import StepGuard
 from posttrain.types import Microbatch, Sample, TrainBatch
 
 
@@ -102,7 +103,8 @@ class Learner:
             eps=optimizer.adam_epsilon,
         )
         self._scheduler = schedule(raw_optimizer, optimizer, total_steps)
-        self._max_grad_norm = optimizer.max_grad_norm
+        self._optimizer_section = optimizer
+        self._guard = StepGuard(optimizer, self._accelerator.device)
         self._wrapped, self._optimizer = self._scorer, raw_optimizer
         if learner.parallel == "ddp":
             self._wrapped, self._optimizer = self._accelerator.prepare(self._scorer, raw_optimizer)
@@ -161,6 +163,7 @@ class Learner:
                     loss_sum, sums = objective(logprobs_RW, entropy_RW, microbatch, algorithm)
                     # Ranks' gradients are averaged, so the sum over ranks needs their number.
                     self._accelerator.backward(loss_sum * (self._accelerator.num_processes / divisor))
+            self._guard.see(loss_sum)
             look(microbatch, logprobs_RW.detach(), trace)
             real_N = (microbatch.sample_ids_RW >= 0).flatten()
             self._balance.observe(trace, real_N, replayed=self._router_section.bias_counts == "sampler")
@@ -169,23 +172,26 @@ class Learner:
         return metrics
 
     def optim_step(self) -> dict[str, Metric]:
-        """Clip, step, move the router's bias. The policy is a new version afterwards."""
-        grad_norm = learner_parallel.clip_grad_norm(self._wrapped.parameters(), self._max_grad_norm)
-        if not torch.isfinite(torch.tensor(grad_norm)):
-            raise RunStopped(
-                f"the gradient norm is {grad_norm}: the step was not taken and the last checkpoint is whole; lower "
-                f"optimizer.learning_rate or look at the last samples"
-            )
+        """Clip, step, move the router's bias. The policy is a new version afterwards.
+
+        Where the loss or the gradient norm is no number, or the norm beyond `optimizer.skip_grad_norm`, the step is not taken
+        and only the schedule goes on.
+        """
+        limit = self._optimizer_section.max_grad_norm
+        grad_norm = learner_parallel.clip_grad_norm(self._wrapped.parameters(), limit)
         learning_rate = self._scheduler.get_last_lr()[0]
-        offloaded = self._learner.offload_optimizer
-        with learner_offload.state_on(self._optimizer, self._accelerator.device) if offloaded else nullcontext():
-            self._optimizer.step()
+        metrics = {"optim/learning_rate": Metric(learning_rate, "last")}
+        if self._guard.allows(grad_norm):
+            metrics["optim/grad_norm"] = Metric(grad_norm, "mean")
+            offloaded = self._learner.offload_optimizer
+            with learner_offload.state_on(self._optimizer, self._accelerator.device) if offloaded else nullcontext():
+                self._optimizer.step()
+        else:
+            self._balance.forget_step()
+        metrics |= self._guard.metrics("optim")
+        metrics["optim/steps"] = Metric(1 - metrics["optim/skipped"].value, "sum")
         self._scheduler.step()
         self._optimizer.zero_grad()
-        metrics = {
-            "optim/grad_norm": Metric(grad_norm, "mean"),
-            "optim/learning_rate": Metric(learning_rate, "last"),
-        }
         self._balance.end_step()
         return {**metrics, **self._balance.metrics()}
 
@@ -276,27 +282,37 @@ class Learner:
     def save(self, path: str | Path) -> None:
         """Write policy and training state into an existing directory, the same files however many ranks there are."""
         is_main = self.rank == 0
-        self._policy.save(path, self._tokenizer, is_main=is_main)
+        # What all ranks take part in comes first: the first rank may find the disk full, and none must wait for it then.
         optimizer = learner_parallel.optimizer_state(self._optimizer, keep=is_main)
+        generators = gather_rng()
+        self._policy.save(path, self._tokenizer, is_main=is_main)
         if is_main:
-            state = {"optimizer": optimizer, "scheduler": self._scheduler.state_dict()}
+            state = {"optimizer": optimizer, "scheduler": self._scheduler.state_dict(), "rng": generators}
             torch.save(state, Path(path) / "trainer_state.pt")
 
     def restore(self, path: str | Path) -> None:
-        """Take adapters, optimizer and scheduler up where `save` left them; all else is loaded from `path` at the start."""
+        """Take adapters, optimizer, schedule and random numbers up where `save` left them; all else is loaded from `path` at
+        the start. The optimizer's numbers are those of the recipe.
+        """
         self._policy.restore(path)
-        self._restore_state(path)
+        generators = self._restore_state(path).get("rng", [])
+        if self.rank < len(generators):  # there may be more ranks than there were
+            restore_rng(generators[self.rank])
 
-    def _restore_state(self, path: str | Path) -> None:
+    def _restore_state(self, path: str | Path) -> dict[str, Any]:
         state = torch.load(Path(path) / "trainer_state.pt", map_location="cpu", weights_only=True)
         learner_parallel.load_optimizer_state(self._optimizer, state["optimizer"])
         if self._learner.offload_optimizer:
             learner_offload.move_state(self._optimizer, learner_offload.HOME)
         self._scheduler.load_state_dict(state["scheduler"])
+        set_hyperparameters(self._optimizer, self._scheduler, self._optimizer_section)
+        found: dict[str, Any] = state
+        return found
 
     def roll_back(self, path: str | Path) -> None:
         """Take weights, optimizer and schedule of an earlier checkpoint of this run."""
         self.drop_gradients()
+        self._guard.in_a_row = 0
         self._policy.roll_back(path)
         self._restore_state(path)
 
@@ -315,6 +331,7 @@ class Learner:
     def drop_gradients(self) -> None:
         """Forget what `forward_backward` has accumulated."""
         self._optimizer.zero_grad()
+        self._guard.forget()
         self._balance.forget_step()
 
     def gradients(self) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from posttrain.errors import RunStopped
 from posttrain.flight_recorder import record
+from posttrain.log_file import LogFile
 
 Reduction = Literal["mean", "sum", "max", "min", "last"]
 
@@ -109,27 +110,29 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: Path, report_to: Sequence[str] = (), resume_step: int | None = None) -> None:
-        self._path = run_dir / "metrics.jsonl"
-        kept = lines_until(self._path, resume_step)
+        path = run_dir / "metrics.jsonl"
+        kept = lines_until(path, resume_step)
         self._before = json.loads(kept[-1])["seconds"] if kept else 0.0
-        self._path.write_text("".join(kept))
+        self._file = LogFile(path, kept)
         self._start = time.perf_counter()
         self._trackers = [_tracker(name, run_dir) for name in report_to]
 
     def log(self, step: int, metrics: Mapping[str, Metric]) -> None:
-        """Write one step. A value that is not finite is written as null: JSON has no NaN."""
+        """Write one step. A value that is not finite is written as null: JSON has no NaN.
+
+        On a full disk the line waits for the next one.
+        """
         values = {name: metric.value for name, metric in sorted(metrics.items())}
         seconds = self._before + time.perf_counter() - self._start
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         record("step", step=step, seconds=round(seconds, 3), metrics=values)
-        line = json.dumps({"step": step, "seconds": round(seconds, 3), **finite})
-        with self._path.open("a") as file:
-            file.write(line + "\n")
+        self._file.append(json.dumps({"step": step, "seconds": round(seconds, 3), **finite}))
         for tracker in self._trackers:
             tracker.log(step, values)
 
     def close(self) -> None:
-        """Let the trackers write what they still hold."""
+        """Write what waits, and let the trackers write what they still hold."""
+        self._file.flush()
         for tracker in self._trackers:
             tracker.close()
 

@@ -176,7 +176,7 @@ def require_inputs(stage: Stage) -> None:
     """Refuse to start a stage that uses what an earlier one has not made after all.
 
     Raises:
-        RunStopped: naming what is not there.
+        RunStopped: naming what is not there, or what is damaged.
     """
     for found in stage.inputs:
         if found.stage is not None and found.path is not None and not found.path.exists():
@@ -184,6 +184,9 @@ def require_inputs(stage: Stage) -> None:
                 f"stage {stage.name}: {found.key}: {found.path} is not there; run stage {found.stage!r} first (leave --only "
                 f"out), or name something that it makes"
             )
+        # A checkpoint, or a file in one.
+        for place in (found.path, found.path.parent) if found.path is not None and found.stage is not None else ():
+            checkpoint.require_sound(place)
 
 
 def print_lineage(stages: Sequence[Stage], run_dir: Path) -> int:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.report import write_report
 from posttrain import checkpoint
+from posttrain import resume as resuming
 from posttrain.cli import run_stage
 from posttrain.errors import RunStopped
 from posttrain.interrupt import StopRequest, graceful_stop
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from posttrain.reward_trainer import RewardModelTrainer
 
 
-def run(recipe: RewardModelRecipe, *, resume: bool = False) -> int:
+def run(recipe: RewardModelRecipe, *, resume: bool = False, allow_change: Sequence[str] = ()) -> int:
     """Train as the recipe says. Returns the exit code: 0, or 130 when a signal ended the run early."""
     from posttrain import reward_parts, reward_view
     from posttrain.ranks import join_ranks
@@ -40,21 +41,20 @@ def run(recipe: RewardModelRecipe, *, resume: bool = False) -> int:
     start = time.perf_counter()
     ranks = join_ranks()
     run_dir = RunDir(recipe.run_dir)
-    last = checkpoint.newest_trained(run_dir.checkpoints) if resume else None
-    if resume and last is None:
-        raise RunStopped(
-            f"--resume: no checkpoint in {run_dir.checkpoints}; set checkpoint.save_steps, or start without --resume"
-        )
     if not resume:
         checkpoint.require_fresh(run_dir.checkpoints)
+    made_with = resuming.made_with_on(recipe, ranks)
+    last = resuming.last_checkpoint(recipe, run_dir, made_with, allow_change, ranks) if resume else None
     if ranks.is_main_process:
         run_dir.write_recipe(dump_recipe(recipe))
         run_dir.write_environment(recipe.seed)
+        checkpoint.require_sound(str(recipe.model.model_name_or_path))
     job = reward_parts.load_job(recipe, last, ranks)
     if job.is_main:
         reward_view.show_pairs(job.pairs)
     with graceful_stop() as stop:
-        trainer = train(recipe, run_dir, job, last, stop)
+        trainer = train(recipe, run_dir, job, made_with, last, stop)
+    trainer.require_progress(run_dir.checkpoints)
     measured = None if stop else measure(recipe, run_dir, job, trainer)
     if stop:
         trainer.save_last(None)
@@ -64,7 +64,12 @@ def run(recipe: RewardModelRecipe, *, resume: bool = False) -> int:
 
 
 def train(
-    recipe: RewardModelRecipe, run_dir: RunDir, job: RewardJob, last: Path | None, stop: StopRequest
+    recipe: RewardModelRecipe,
+    run_dir: RunDir,
+    job: RewardJob,
+    made_with: Mapping[str, Any],
+    last: Path | None,
+    stop: StopRequest,
 ) -> RewardModelTrainer:
     """Run the trainer to its end, or until a stop is requested."""
     from posttrain import reward_parts, sft_callbacks
@@ -72,7 +77,7 @@ def train(
     resume_step = checkpoint.load_progress(last)["step"] if last else None
     with Progress("reward_model", recipe.training.max_steps) as progress:
         log = MetricsLog(run_dir.path, recipe.report_to, resume_step=resume_step) if job.is_main else None
-        trainer = reward_parts.build_trainer(recipe, run_dir, job)
+        trainer = reward_parts.build_trainer(recipe, run_dir, job, made_with)
         trainer.add_callback(sft_callbacks.LogSteps(log, progress))
         trainer.add_callback(sft_callbacks.StopOnRequest(stop))
         trainer.train(resume_from_checkpoint=str(last) if last else None)

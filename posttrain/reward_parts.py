@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,18 @@ def load_job(recipe: RewardModelRecipe, last: Path | None, ranks: PartialState) 
     return RewardJob(model, tokenizer, pairs, ranks.is_main_process)
 
 
-def build_trainer(recipe: RewardModelRecipe, run_dir: RunDir, job: RewardJob) -> RewardModelTrainer:
-    """The trainer, ready to run."""
+def build_trainer(
+    recipe: RewardModelRecipe, run_dir: RunDir, job: RewardJob, made_with: Mapping[str, Any] | None = None
+) -> RewardModelTrainer:
+    """The trainer, ready to run. `made_with` goes into its checkpoints, see `posttrain.resume`."""
     from datasets import Dataset
 
     trainer = RewardModelTrainer(
         files=RewardModelFiles(job.model, job.tokenizer),
         checkpoints=run_dir.checkpoints,
         keep=recipe.checkpoint.save_total_limit,
+        made_with=made_with or {},
+        section=recipe.optimizer,
         held_out=job.pairs.held_out,
         score_batch_size=recipe.validation.batch_size,
         model=job.model,

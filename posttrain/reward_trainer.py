@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trl import RewardTrainer
 
 from data.tasks import task_names
+from posttrain.guarded_steps import GuardedSteps
 from posttrain.model.reward_head import RewardModelFiles
 from posttrain.reward_data import EncodedPair
 from posttrain.reward_metrics import ScoredPair, accuracy, bradley_terry_mean
+from posttrain.sections import OptimizerSection
 from posttrain.whole_checkpoints import WholeCheckpoints
 from rewards import task_answer
 from rewards.learned import raw_scores
 
 
-class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
+class RewardModelTrainer(GuardedSteps, WholeCheckpoints, RewardTrainer):
     """The loss is TRL's: -log sigmoid(chosen - rejected - margin), plus centring; the rest is ours.
 
     Args:
         files: writes the reward model.
         checkpoints: the run's directory of checkpoints.
         keep: how many to keep.
+        made_with: what they say of their recipe, see `posttrain.resume`.
+        section: of the recipe, for the optimizer.
         held_out: pairs to measure on.
         score_batch_size: chats scored together.
         **settings: RewardTrainer's.
@@ -36,12 +40,15 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
         files: RewardModelFiles,
         checkpoints: Path,
         keep: int,
+        made_with: Mapping[str, Any],
+        section: OptimizerSection,
         held_out: Sequence[EncodedPair],
         score_batch_size: int,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        self._use_checkpoints(checkpoints, keep, files.write)
+        self._use_checkpoints(checkpoints, keep, files.write, made_with)
+        self._use_guard(section)
         self._files = files
         self._held_out = held_out
         self._score_batch_size = score_batch_size
@@ -76,9 +83,14 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
         ]
 
     def save_last(self, normalization: dict[str, float] | None) -> Path:
-        """The present step as a whole checkpoint, with the normalisation once the run is finished."""
+        """The present step as a whole checkpoint, with the normalisation once the run is finished.
+
+        Raises:
+            RunStopped: the disk is full.
+        """
         self._files.normalization = normalization
         self._save_checkpoint(self.model, None)
+        self._settle(require=True)
         return self._checkpoints / f"step-{self.state.global_step}"
 
     def last_metrics(self) -> dict[str, float]:

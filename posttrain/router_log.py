@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from posttrain.log_file import LogFile
 from posttrain.metrics import lines_until
 
 
@@ -23,8 +24,7 @@ class RouterLog:
     def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
         self._path = run_dir / "router.jsonl"
         kept = lines_until(self._path, resume_step)
-        if kept or self._path.exists():
-            self._path.write_text("".join(kept))
+        self._file = LogFile(self._path, kept) if kept or self._path.exists() else None
 
     def log(self, step: int, tokens_LE: Sequence[Sequence[int]]) -> None:
         """Write one step; nothing where no expert got a token.
@@ -39,5 +39,5 @@ class RouterLog:
             [round(100 * tokens * len(tokens_E) / max(1, sum(tokens_E))) for tokens in tokens_E]
             for tokens_E in tokens_LE
         ]
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "load": load}, separators=(",", ":")) + "\n")
+        self._file = self._file or LogFile(self._path)
+        self._file.append(json.dumps({"step": step, "load": load}, separators=(",", ":")))

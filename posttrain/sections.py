@@ -280,6 +280,10 @@ class OptimizerSection(Section):
     adam_beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.95
     adam_epsilon: Positive = 1e-8
     max_grad_norm: Positive = 1.0
+    skip_grad_norm: Positive | None = (
+        None  # a step with a larger gradient norm is not taken; None: one that is no number
+    )
+    max_skipped_steps: PositiveInt = 3  # in a row, then the run goes back to its newest checkpoint (GRPO) or stops
 
     @model_validator(mode="after")
     def _decays_downwards(self) -> OptimizerSection:

@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eval.checkpoint import evaluate_checkpoint
 from eval.report import write_report
 from eval.suite import EvalResult
 from posttrain import checkpoint
+from posttrain import resume as resuming
 from posttrain.cli import run_stage
-from posttrain.errors import RunStopped
 from posttrain.interrupt import StopRequest, graceful_stop
 from posttrain.metrics import MetricsLog
 from posttrain.progress import Progress, before_after_table, paths_written
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from posttrain.sft_trainer import PolicyTrainer
 
 
-def run(recipe: SftRecipe, *, resume: bool = False, preflight: bool = False) -> int:
+def run(recipe: SftRecipe, *, resume: bool = False, preflight: bool = False, allow_change: Sequence[str] = ()) -> int:
     """Train as the recipe says. Returns the exit code: 0, or 130 when a signal ended the run early."""
     from posttrain.ranks import join_ranks
 
@@ -49,16 +49,19 @@ def run(recipe: SftRecipe, *, resume: bool = False, preflight: bool = False) -> 
     run_dir = RunDir(recipe.run_dir)
     if not resume and not preflight:
         checkpoint.require_fresh(run_dir.checkpoints)
+    made_with = resuming.made_with_on(recipe, ranks)
+    last = resuming.last_checkpoint(recipe, run_dir, made_with, allow_change, ranks) if resume else None
     if ranks.is_main_process:
         run_dir.write_recipe(dump_recipe(recipe))
         run_dir.write_environment(recipe.seed)
     origin = starting_checkpoint(recipe, run_dir, ranks)
-    job = prepare(recipe, run_dir, origin, ranks, resume=resume)
+    job = prepare(recipe, run_dir, origin, last, ranks)
     if preflight:
         return 0
     before = evaluation(recipe, origin, ranks) if not resume else None
     with graceful_stop() as stop:
-        trainer = train(recipe, run_dir, job, stop)
+        trainer = train(recipe, run_dir, job, made_with, stop)
+    trainer.require_progress(run_dir.checkpoints)
     saved = trainer.save_last(finished=not stop)
     after = None if stop else evaluation(recipe, saved, ranks)
     if ranks.is_main_process:
@@ -72,9 +75,14 @@ def starting_checkpoint(recipe: SftRecipe, run_dir: RunDir, ranks: PartialState)
     from posttrain.model.load import build_policy, save_policy
 
     if recipe.model.build is None:
-        return Path(str(recipe.model.model_name_or_path))
+        origin = Path(str(recipe.model.model_name_or_path))
+        if ranks.is_main_process:
+            checkpoint.require_sound(origin)
+        return origin
     built = run_dir.checkpoints / "step-0"
-    if ranks.is_main_process and built not in checkpoint.whole(run_dir.checkpoints):
+    if ranks.is_main_process and built.exists() and checkpoint.problems(built):
+        checkpoint.put_aside(built)  # the seed makes the same again
+    if ranks.is_main_process and not built.exists():
         tokenizer = build_tokenizer(recipe.model.extra_characters)
         policy = build_policy(recipe.model.build.model_dump(), tokenizer, recipe.seed)
         checkpoint.save(run_dir.checkpoints, 0, lambda path: save_policy(policy, tokenizer, path), {}, keep=1)
@@ -82,15 +90,10 @@ def starting_checkpoint(recipe: SftRecipe, run_dir: RunDir, ranks: PartialState)
     return built
 
 
-def prepare(recipe: SftRecipe, run_dir: RunDir, origin: Path, ranks: PartialState, *, resume: bool) -> SftJob:
+def prepare(recipe: SftRecipe, run_dir: RunDir, origin: Path, last: Path | None, ranks: PartialState) -> SftJob:
     """Load policy and data, and show what is about to be trained; stops here when that cannot be right."""
     from posttrain import sft_parts
 
-    last = checkpoint.newest_trained(run_dir.checkpoints) if resume else None
-    if resume and last is None:
-        raise RunStopped(
-            f"--resume: no checkpoint in {run_dir.checkpoints}; set checkpoint.save_steps, or start without --resume"
-        )
     job = sft_parts.load_job(recipe, origin, last, ranks)
     if ranks.is_main_process:
         sft_parts.show_preflight(job, recipe, run_dir)
@@ -98,13 +101,15 @@ def prepare(recipe: SftRecipe, run_dir: RunDir, origin: Path, ranks: PartialStat
     return job
 
 
-def train(recipe: SftRecipe, run_dir: RunDir, job: SftJob, stop: StopRequest) -> PolicyTrainer:
+def train(
+    recipe: SftRecipe, run_dir: RunDir, job: SftJob, made_with: Mapping[str, Any], stop: StopRequest
+) -> PolicyTrainer:
     """Run the trainer to its end, or until a stop is requested."""
     from posttrain import sft_callbacks, sft_parts
 
     with Progress("sft", recipe.training.max_steps) as progress:
         log = MetricsLog(run_dir.path, recipe.report_to, resume_step=job.resume_step) if job.is_main else None
-        trainer = sft_parts.build_trainer(recipe, run_dir, job)
+        trainer = sft_parts.build_trainer(recipe, run_dir, job, made_with)
         trainer.add_callback(sft_callbacks.LogSteps(log, progress))
         if job.is_main:
             router_log = RouterLog(run_dir.path, resume_step=job.resume_step)

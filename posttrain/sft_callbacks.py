@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
 from posttrain.interrupt import StopRequest
@@ -108,6 +108,15 @@ def _is_number(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers', whose count of evaluations without a better loss goes on where the checkpoint left it."""
+
+    def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        kept: Any = state.stateful_callbacks.get(type(self).__name__, {})
+        self.early_stopping_patience_counter = kept.get("attributes", {}).get("early_stopping_patience_counter", 0)
 
 
 class StopOnRequest(TrainerCallback):

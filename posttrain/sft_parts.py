@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
 from data.records import Record
@@ -31,7 +31,7 @@ from posttrain.model.router import find_routers
 from posttrain.recipe import SftRecipe
 from posttrain.records import data_errors, load_chats, stream_chats, validation_split
 from posttrain.run_dir import RunDir, write_atomically
-from posttrain.sft_callbacks import EndStep
+from posttrain.sft_callbacks import EarlyStopping, EndStep
 from posttrain.sft_data import Cursor, PackedStream, RowCounts, RowMaker
 from posttrain.sft_trainer import PolicyTrainer
 from posttrain.trainer_arguments import common_arguments
@@ -252,12 +252,14 @@ def show_preflight(job: SftJob, recipe: SftRecipe, run_dir: RunDir) -> None:
 # --- the trainer ------------------------------------------------------------------------------------------------------
 
 
-def build_trainer(recipe: SftRecipe, run_dir: RunDir, job: SftJob) -> PolicyTrainer:
-    """The trainer, ready to run."""
+def build_trainer(
+    recipe: SftRecipe, run_dir: RunDir, job: SftJob, made_with: Mapping[str, Any] | None = None
+) -> PolicyTrainer:
+    """The trainer, ready to run. `made_with` goes into its checkpoints, see `posttrain.resume`."""
     callbacks: list[TrainerCallback] = [EndStep(job.balance, job.objective)]
     if recipe.validation is not None and recipe.validation.early_stopping_patience:
         callbacks.append(
-            EarlyStoppingCallback(recipe.validation.early_stopping_patience, recipe.validation.early_stopping_threshold)
+            EarlyStopping(recipe.validation.early_stopping_patience, recipe.validation.early_stopping_threshold)
         )
     stream = job.rows.train if isinstance(job.rows.train, PackedStream) else None
     trainer = PolicyTrainer(
@@ -268,6 +270,8 @@ def build_trainer(recipe: SftRecipe, run_dir: RunDir, job: SftJob) -> PolicyTrai
         stream=stream,
         checkpoints=run_dir.checkpoints,
         keep=recipe.checkpoint.save_total_limit,
+        made_with=made_with or {},
+        section=recipe.optimizer,
         model=job.policy,
         processing_class=job.maker.tokenizer,
         args=trainer_arguments(recipe, run_dir.path),

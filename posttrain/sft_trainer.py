@@ -7,7 +7,7 @@ does not depend on how the step is cut up.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,20 @@ import torch
 from trl import SFTTrainer
 
 from posttrain import checkpoint
+from posttrain.guarded_steps import GuardedSteps
 from posttrain.model import router
 from posttrain.model.balance import RouterBalance
 from posttrain.model.logit_teacher import LogitTeacher
 from posttrain.model.mtp_objective import MtpObjective
 from posttrain.model.policy_files import PolicyFiles
+from posttrain.sections import OptimizerSection
 from posttrain.sft_data import IGNORED, PackedStream
 from posttrain.whole_checkpoints import WholeCheckpoints
 
 TOKENS = "tokens"  # among the sums: real tokens, not a loss
 
 
-class PolicyTrainer(WholeCheckpoints, SFTTrainer):
+class PolicyTrainer(GuardedSteps, WholeCheckpoints, SFTTrainer):
     """What a policy needs beyond its cross-entropy.
 
     Args:
@@ -36,6 +38,8 @@ class PolicyTrainer(WholeCheckpoints, SFTTrainer):
         teacher: whose distributions are learnt beside the tokens, None without.
         checkpoints: the run's directory of checkpoints.
         keep: how many to keep.
+        made_with: what they say of their recipe, see `posttrain.resume`.
+        section: of the recipe, for the optimizer.
         files: writes the policy.
         stream: where the rows come from, None for a data set of known length.
         **settings: SFTTrainer's.
@@ -49,6 +53,8 @@ class PolicyTrainer(WholeCheckpoints, SFTTrainer):
         teacher: LogitTeacher | None,
         checkpoints: Path,
         keep: int,
+        made_with: Mapping[str, Any],
+        section: OptimizerSection,
         files: PolicyFiles,
         stream: PackedStream | None,
         **settings: Any,
@@ -57,7 +63,8 @@ class PolicyTrainer(WholeCheckpoints, SFTTrainer):
         self._balance = balance
         self._mtp = mtp
         self._teacher = teacher
-        self._use_checkpoints(checkpoints, keep, files.write)
+        self._use_checkpoints(checkpoints, keep, files.write, made_with)
+        self._use_guard(section)
         self._files = files
         self._stream = stream
         self._num_sequences = self._num_mtp_tokens = self._num_microbatches = 1
@@ -122,6 +129,10 @@ class PolicyTrainer(WholeCheckpoints, SFTTrainer):
         for name, value in sums.items():
             self._add(f"distillation/{name}", value / num_tokens)
         return loss_sum / num_tokens
+
+    def _forget_step(self) -> None:
+        for balance in (self._balance, *([self._mtp.balance] if self._mtp else [])):
+            balance.forget_step()
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self._sums[name] = self._sums.get(name, torch.zeros_like(value.detach())) + value.detach()
@@ -205,15 +216,20 @@ class PolicyTrainer(WholeCheckpoints, SFTTrainer):
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def save_last(self, *, finished: bool) -> Path:
-        """The present step as a whole checkpoint; adapters are merged once the run is `finished`."""
+        """The present step as a whole checkpoint; adapters are merged once the run is `finished`.
+
+        Raises:
+            RunStopped: the disk is full.
+        """
         step = self.state.global_step
         path = self._checkpoints / f"step-{step}"
+        self._settle(require=False)
         if self._files.has_adapters and finished:
             if self.args.should_save:
-                checkpoint.save(self._checkpoints, step, self._files.write_merged, {}, keep=self._keep)
+                self._saver.save(step, self._files.write_merged, self._made_with)
         elif path not in checkpoint.whole(self._checkpoints):
             self._save_checkpoint(self.model, None)
-        self.accelerator.wait_for_everyone()
+        self._settle(require=True)
         return path
 
     def _cursor(self) -> dict[str, Any]:

@@ -182,7 +182,7 @@ class LocalTeacher:
 
 
 _HASHED = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
-_OF_TRAINING = ("progress.json", "trainer_state.json")
+_OF_TRAINING = ("progress.json", "manifest.json", "trainer_state.json")
 
 
 def checkpoint_digest(path: str, *, trust_remote_code: bool = False) -> str:

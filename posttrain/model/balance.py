@@ -44,6 +44,7 @@ class RouterBalance:
             self._seen_LE = torch.zeros(shape, device=device)
             self._loads_LE = torch.zeros(shape, device=device)
             self._entropy_L = torch.zeros(len(routers), device=device)
+            self._step_entropy_L = torch.zeros(len(routers), device=device)
 
     @property
     def step_counts_LE(self) -> torch.Tensor:
@@ -70,7 +71,7 @@ class RouterBalance:
         self._step_LE += router.expert_counts(trace.used_layers if replayed else trace.chosen, real_N, num_experts)
         with torch.no_grad():
             for layer, logits_NE in enumerate(trace.logits):
-                self._entropy_L[layer] += router.entropy_sum(logits_NE.detach(), real_N, sigmoid=self._sigmoid)
+                self._step_entropy_L[layer] += router.entropy_sum(logits_NE.detach(), real_N, sigmoid=self._sigmoid)
 
     def loss(
         self, trace: RouterTrace, sequence_N: torch.Tensor, *, num_sequences: int, num_microbatches: int
@@ -102,15 +103,17 @@ class RouterBalance:
             torch.distributed.all_reduce(self._step_LE)
         if self._section.bias_update_speed:
             router.update_correction_bias(self.routers, self._step_LE, self._section.bias_update_speed)
+        self._entropy_L += self._step_entropy_L
         self._seen_LE += self._step_LE
         self._loads_LE += self._step_LE
         self.last_counts = self._step_LE.clone()
-        self._step_LE.zero_()
+        self.forget_step()
 
     def forget_step(self) -> None:
         """Leave out what was observed since the last optimizer step."""
         if self.routers:
             self._step_LE.zero_()
+            self._step_entropy_L.zero_()
 
     def metrics(self) -> dict[str, Metric]:
         """Load and entropy of each layer since the last call; collective where there are several ranks."""
@@ -147,7 +150,7 @@ class RouterBalance:
         if self._step_LE.device != device:  # the trainer moved the model after we were made
             self._step_LE, self._seen_LE = self._step_LE.to(device), self._seen_LE.to(device)
             self._loads_LE = self._loads_LE.to(device)
-            self._entropy_L = self._entropy_L.to(device)
+            self._entropy_L, self._step_entropy_L = self._entropy_L.to(device), self._step_entropy_L.to(device)
 
 
 def _check(routers: list[Any], section: RouterSection, *, sigmoid: bool) -> None:
