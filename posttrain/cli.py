@@ -5,7 +5,8 @@
 A recipe that cannot be run is refused here with one line and exit code 2, before anything heavy is imported.
 
 Exit codes: what the stage returns (0 done, 130 ended early by a signal), 2 a recipe that cannot be run, 3 a run that had
-to stop. Any other error keeps its traceback.
+to stop, 75 one whose learner or Ray is gone, which the same command with --resume goes on with (--max-restarts N does that by
+itself). Any other error keeps its traceback.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from posttrain import restarts
 from posttrain.environments import build_environment
-from posttrain.errors import RunStopped
+from posttrain.errors import EXIT_TRY_AGAIN, RunInterrupted, RunStopped
 from posttrain.pipeline_graph import build_graph
 from posttrain.plan import describe
 from posttrain.recipe import (
@@ -46,6 +48,7 @@ STAGE_OPTIONS = {
     "prune": ("pipeline",),
 }
 NAMING_OPTIONS = {"only": ("pipeline",), "until": ("pipeline",)}  # the same for options with a value
+RESTARTS = "--max-restarts"  # no keyword of `run`: it runs the command itself, see posttrain/restarts.py
 EXPLAINED = {
     "resume": "go on where the run stopped: from its newest whole checkpoint, or with the answers it lacks",
     "preflight": "load policy and data, show what would be trained, and stop",
@@ -53,8 +56,9 @@ EXPLAINED = {
     "prune": "delete the directories that were put aside when their stage changed, and stop",
     "only": "run this stage and no other",
     "until": "run the stages up to this one",
+    "max_restarts": "go on by itself, so often, when the run is killed or its learner or Ray is gone",
 }
-OPTIONS = ("--config", "--dry-run", *(f"--{name}" for name in (*STAGE_OPTIONS, *NAMING_OPTIONS)), "--help")
+OPTIONS = ("--config", "--dry-run", RESTARTS, *(f"--{name}" for name in (*STAGE_OPTIONS, *NAMING_OPTIONS)), "--help")
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -87,6 +91,7 @@ def run_stage(
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
+        arguments, max_restarts = _take_restarts(stage, arguments)
         source, overrides, dry_run, options = parse(stage, arguments)
         recipe = load_recipe(source, overrides, stage=stage)
         check_recipe(recipe, source)
@@ -99,10 +104,14 @@ def run_stage(
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
+        if max_restarts is not None:
+            return restarts.run(recipe, arguments, max_restarts)
         with _sigterm_interrupts():
             return run(recipe, **options) or 0
     except RecipeError as error:
         return _end("error", error, 2)
+    except RunInterrupted as error:
+        return _end("stopped", error, EXIT_TRY_AGAIN)
     except RunStopped as error:
         return _end("stopped", error, 3)
     except KeyboardInterrupt:
@@ -155,6 +164,8 @@ def parse(stage: str, arguments: Sequence[str]) -> tuple[str, list[str], bool, d
     named = [name for name, stages in NAMING_OPTIONS.items() if stage in stages]
     for name in named:
         parser.add_argument(f"--{name}", metavar="NAME", help=EXPLAINED[name])
+    if stage in STAGE_OPTIONS["resume"]:
+        parser.add_argument(RESTARTS, metavar="N", help=EXPLAINED["max_restarts"])
     words, overrides = _split_overrides(stage, arguments)
     try:
         known, extra = parser.parse_known_args(words)
@@ -165,6 +176,27 @@ def parse(stage: str, arguments: Sequence[str]) -> tuple[str, list[str], bool, d
         given = ", ".join(map(repr, files)) or "none"
         raise RecipeError(f"command line: give one recipe file, not {given}; a change to it is written key.path=value")
     return files[0], overrides, known.dry_run, {name: getattr(known, name) for name in (*taken, *named)}
+
+
+def _take_restarts(stage: str, arguments: Sequence[str]) -> tuple[list[str], int | None]:
+    """The command line without --max-restarts, and its value; None where it is not given.
+
+    Raises:
+        RecipeError: it is no number, or the stage cannot be resumed.
+    """
+    kept: list[str] = []
+    found: str | None = None
+    rest = iter(arguments)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name != RESTARTS:
+            kept.append(word)
+            continue
+        _require_option(stage, RESTARTS)
+        found = value if equals else next(iter(_next(rest)), "")
+    if found is not None and not found.isdecimal():
+        raise RecipeError(f"command line: {RESTARTS} {found}: how often? give a number, e.g. {RESTARTS} 3")
+    return kept, None if found is None else int(found)
 
 
 def _split_overrides(stage: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -198,10 +230,10 @@ def _split_overrides(stage: str, arguments: Sequence[str]) -> tuple[list[str], l
 
 
 def _require_option(stage: str, option: str) -> None:
-    if stage in STAGE_OPTIONS[option.removeprefix("--")]:
+    if stage in STAGE_OPTIONS["resume" if option == RESTARTS else option.removeprefix("--")]:
         return
     why = f"has no {option}"
-    if option == "--resume":
+    if option in ("--resume", RESTARTS):
         why = "goes on by itself where it stopped" if stage == "pipeline" else "has nothing to go on from"
     raise RecipeError(f"command line: {option!r}: {stage} {why}; leave {option} out")
 
