@@ -265,7 +265,7 @@ def _engine_failures() -> Iterator[None]:
     """Whatever an engine raises, other than about what it was asked for, is its end: a device that failed stays failed."""
     try:
         yield
-    except (ValueError, RunStopped):
+    except (ValueError, RunStopped, ray.exceptions.RayError):  # the last: the weights are gone, not the engine
         raise
     except Exception as error:
         traceback.print_exc()
@@ -307,6 +307,8 @@ class _SamplerWorkers:
                 answer.set_result(call.result())
             elif isinstance(error, SamplerLost):  # raised in the actor: the text of Ray's would be a traceback
                 answer.set_exception(SamplerLost(str(getattr(error, "cause", error))))
+            elif isinstance(error, ray.exceptions.RayTaskError) and isinstance(error, _LOSSES):
+                answer.set_exception(RunInterrupted("published weights are gone with the learner; go on with --resume"))
             elif isinstance(error, _LOSSES):
                 answer.set_exception(SamplerLost(_first_line(error)))
             else:
@@ -585,7 +587,7 @@ class _RankGroup:
         """Halve the microbatches.
 
         Raises:
-            RunInterrupted: they are single rows already, or other ranks are left waiting in a collective call.
+            RunStopped: they are single rows already, or other ranks are left waiting in a collective call.
         """
         before, row = self._max_tokens, self._section.row_length
         cure = (
@@ -594,7 +596,7 @@ class _RankGroup:
         )
         if self.world_size > 1 or before < 2 * row:
             why = "several ranks cannot go back together" if self.world_size > 1 else "a microbatch is one row already"
-            raise RunInterrupted(
+            raise RunStopped(
                 f"{self._who} is out of memory at {before} tokens a microbatch, and {why}; {cure}"
             ) from error
         self._max_tokens = before // 2

@@ -17,7 +17,7 @@ import pytest
 import torch
 from stage_commands import Command, metrics, wait_for_step, write_grpo_recipe
 
-from posttrain.errors import EXIT_TRY_AGAIN, RunInterrupted
+from posttrain.errors import EXIT_TRY_AGAIN, RunInterrupted, RunStopped
 from posttrain.fault_log import FaultLog
 from posttrain.learner import Learner
 from posttrain.recipe import (
@@ -177,7 +177,7 @@ def test_a_learner_out_of_memory_takes_less_at_a_time_and_learns_the_same(parts:
     (event,) = parts.events("out_of_memory")
     assert event["max_tokens_per_microbatch"] == 512 and "changes no gradient" in event["text"]
     parts.learner._on_all("set_limit", 10)
-    with pytest.raises(RunInterrupted, match="one row already; lower learner.max_tokens_per_microbatch"):
+    with pytest.raises(RunStopped, match="one row already; lower learner.max_tokens_per_microbatch"):
         parts.learner.forward_backward([replace(sample, advantage=1.0) for sample in samples], algorithm)
 
 
