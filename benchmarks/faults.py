@@ -215,7 +215,7 @@ def slow_down(process: psutil.Process) -> None:
 def data_of(stage: str, out: Path) -> Counter[Any]:
     """What was trained on or made, each with how often it is there."""
     if stage in ("sft", "reward_model"):
-        return Counter((line["step"], line["train/loss"]) for line in lines(out / "metrics.jsonl"))
+        return Counter((line["step"], line.get("train/loss")) for line in lines(out / "metrics.jsonl"))
     if stage == "distill":
         rows = pq.read_table(out / "samples" / "generations.parquet").to_pylist()
         return Counter((row["sample_id"], row["completion"]) for row in rows)

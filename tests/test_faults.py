@@ -127,8 +127,10 @@ def tokens(groups: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
 def parts(policy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
     from posttrain.cluster import session
 
-    with session(None, num_cpus=3):
-        yield Parts(policy_path, tmp_path_factory.mktemp("faults"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # where workers find `Tight`
+        with session(None, num_cpus=3):
+            yield Parts(policy_path, tmp_path_factory.mktemp("faults"))
 
 
 def test_a_killed_sampler_costs_no_sample_and_its_successor_proves_itself(parts: Parts) -> None:
