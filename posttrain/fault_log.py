@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,5 +33,6 @@ class FaultLog:
         with self._lock:
             print(text, file=sys.stderr, flush=True)
             if self._path is not None:
-                with self._path.open("a", encoding="utf-8") as file:
+                # A full disk must not keep a sampler from being replaced; the screen has it.
+                with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
