@@ -5,7 +5,8 @@
 A recipe that cannot be run is refused here with one line and exit code 2, before anything heavy is imported.
 
 Exit codes: what the stage returns (0 done, 130 ended early by a signal), 2 a recipe that cannot be run, 3 a run that had
-to stop. Any other error keeps its traceback.
+to stop, 75 one whose learner or Ray is gone, which the same command with --resume goes on with (--max-restarts N does that by
+itself). Any other error keeps its traceback.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from posttrain import restarts
 from posttrain.disk import is_full
 from posttrain.environments import build_environment
-from posttrain.errors import RunStopped
+from posttrain.errors import EXIT_TRY_AGAIN, RunInterrupted, RunStopped
 from posttrain.flight_recorder import recording
 from posttrain.interrupt import reader_has_left, sigterm_interrupts
 from posttrain.pipeline_graph import build_graph
@@ -54,6 +56,7 @@ NAMING_OPTIONS = {  # the same for options with a value
     "until": ("pipeline",),
     "allow-change": ("sft", "reward_model", "grpo"),
 }
+RESTARTS = "--max-restarts"  # no keyword of `run`: it runs the command itself, see posttrain/restarts.py
 EXPLAINED = {
     "resume": "go on where the run stopped: from its newest whole checkpoint, or with the answers it lacks",
     "preflight": "load policy and data, show what would be trained, and stop",
@@ -62,9 +65,10 @@ EXPLAINED = {
     "only": "run this stage and no other",
     "until": "run the stages up to this one",
     "allow-change": "with --resume: keys of the recipe, with commas between, that are meant to differ from the checkpoint's",
+    "max_restarts": "go on by itself, so often, when the run is killed or its learner or Ray is gone",
 }
 LOOKING = ("preflight", "lineage")  # options with which a stage shows something and stops
-OPTIONS = ("--config", "--dry-run", *(f"--{name}" for name in (*STAGE_OPTIONS, *NAMING_OPTIONS)), "--help")
+OPTIONS = ("--config", "--dry-run", RESTARTS, *(f"--{name}" for name in (*STAGE_OPTIONS, *NAMING_OPTIONS)), "--help")
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -114,6 +118,7 @@ def _run_stage(
     stage: str, run: Callable[..., int | None], arguments: Sequence[str], plan: Callable[[Recipe], str]
 ) -> int:
     try:
+        arguments, max_restarts = _take_restarts(stage, arguments)
         source, overrides, dry_run, options = parse(stage, arguments)
         recipe = load_recipe(source, overrides, stage=stage)
         check_recipe(recipe, source)
@@ -127,6 +132,8 @@ def _run_stage(
         os.environ.setdefault(name, value)
     _warn_of_remote_code(recipe)
     try:
+        if max_restarts is not None:
+            return restarts.run(recipe, arguments, max_restarts)
         # A pipeline has nothing of its own to record, and an upcycled policy's directory is a checkpoint's.
         kept = recording(stage, recipe.run_dir) if stage not in ("pipeline", "upcycle") else nullcontext()
         with sigterm_interrupts(), kept:
@@ -135,6 +142,8 @@ def _run_stage(
             return code
     except RecipeError as error:
         return _end("error", error, 2)
+    except RunInterrupted as error:
+        return _end("stopped", error, EXIT_TRY_AGAIN)
     except RunStopped as error:
         return _end("stopped", error, 3)
     except KeyboardInterrupt:
@@ -195,6 +204,8 @@ def parse(stage: str, arguments: Sequence[str]) -> tuple[str, list[str], bool, d
     named = [name for name, stages in NAMING_OPTIONS.items() if stage in stages]
     for name in named:
         parser.add_argument(f"--{name}", metavar="NAME", help=EXPLAINED[name])
+    if stage in STAGE_OPTIONS["resume"]:
+        parser.add_argument(RESTARTS, metavar="N", help=EXPLAINED["max_restarts"])
     words, overrides = _split_overrides(stage, arguments)
     try:
         known, extra = parser.parse_known_args(words)
@@ -211,6 +222,27 @@ def parse(stage: str, arguments: Sequence[str]) -> tuple[str, list[str], bool, d
             raise RecipeError("command line: --allow-change has no meaning without --resume; add it, or leave it out")
         options["allow_change"] = read_allowed([allowed])
     return files[0], overrides, known.dry_run, options
+
+
+def _take_restarts(stage: str, arguments: Sequence[str]) -> tuple[list[str], int | None]:
+    """The command line without --max-restarts, and its value; None where it is not given.
+
+    Raises:
+        RecipeError: it is no number, or the stage cannot be resumed.
+    """
+    kept: list[str] = []
+    found: str | None = None
+    rest = iter(arguments)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name != RESTARTS:
+            kept.append(word)
+            continue
+        _require_option(stage, RESTARTS)
+        found = value if equals else next(iter(_next(rest)), "")
+    if found is not None and not found.isdecimal():
+        raise RecipeError(f"command line: {RESTARTS} {found}: how often? give a number, e.g. {RESTARTS} 3")
+    return kept, None if found is None else int(found)
 
 
 def _split_overrides(stage: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -244,10 +276,10 @@ def _split_overrides(stage: str, arguments: Sequence[str]) -> tuple[list[str], l
 
 
 def _require_option(stage: str, option: str) -> None:
-    if stage in STAGE_OPTIONS[option.removeprefix("--")]:
+    if stage in STAGE_OPTIONS["resume" if option == RESTARTS else option.removeprefix("--")]:
         return
     why = f"has no {option}"
-    if option == "--resume":
+    if option in ("--resume", RESTARTS):
         why = "goes on by itself where it stopped" if stage == "pipeline" else "has nothing to go on from"
     raise RecipeError(f"command line: {option!r}: {stage} {why}; leave {option} out")
 

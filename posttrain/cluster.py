@@ -2,22 +2,29 @@
 
 Algorithms see four verbs: `SamplerPool.generate`, `LearnerGroup.forward_backward`, `LearnerGroup.optim_step` and
 `posttrain.weights.Publisher.publish`.
+
+What may be lost, a sampler, is replaced (posttrain/fleet.py); what may not, a learner or this machine's Ray, ends the run with
+RunInterrupted or its exit code, and --resume goes on.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
+import traceback
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import reduce
 from importlib import import_module
 from operator import add, or_
@@ -26,8 +33,12 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from posttrain.dispatch import Dispatcher, Finished
-from posttrain.errors import ParityError, RunStopped
+from posttrain.dispatch import Dispatcher, Finished, SamplerLost
+from posttrain.errors import EXIT_TRY_AGAIN, RunInterrupted, RunStopped
+from posttrain.fault_log import FaultLog
+from posttrain.fleet import Fleet
+from posttrain.health import Pulse
+from posttrain.memory import is_out_of_memory
 from posttrain.metrics import Metric, merge
 from posttrain.packing import pack
 from posttrain.process_logs import gather, point_to
@@ -51,8 +62,17 @@ if TYPE_CHECKING:
     from rewards.warden import Limits, Report
 
 
-# Of a sampler: rollouts and an evaluation, a load with its canary, and those who hurry them.
-_CALLS_AT_ONCE = 8
+# Of a sampler: rollouts and an evaluation, a load with its canary, those who hurry them and those who feel its pulse.
+_CALLS_AT_ONCE = 12
+_LOSSES = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.LocalRayletDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.OutOfMemoryError,  # of the machine: Ray ended a process before the kernel would
+)
+_pools: weakref.WeakSet[SamplerPool] = weakref.WeakSet()
 
 
 @contextmanager
@@ -115,7 +135,9 @@ def session(address: str | None, num_cpus: float, logs: Path | None = None) -> I
                     log_to_driver=False,
                     logging_level="error",
                 )
+    over = threading.Event()
     try:
+        _watch_raylet(over)
         available = ray.cluster_resources().get("CPU", 0)
         if available < num_cpus:
             raise RunStopped(
@@ -126,6 +148,9 @@ def session(address: str | None, num_cpus: float, logs: Path | None = None) -> I
             point_to(_log_directory(), logs / "ray")
         yield
     finally:
+        over.set()
+        for pool in list(_pools):
+            pool.close()
         try:
             if logs is not None:
                 gather(_log_directory(), logs / "ray", ray.get_runtime_context().get_job_id())
@@ -137,6 +162,62 @@ def session(address: str | None, num_cpus: float, logs: Path | None = None) -> I
 
 def _log_directory() -> Path:
     return Path(ray._private.worker._global_node.get_logs_dir_path())
+
+
+def _watch_raylet(over: threading.Event) -> None:
+    """End this process with a message when Ray's process on this machine dies before `over` is set.
+
+    Without it the next object that is put would end it without a word. What a run needs to go on is on disk at any moment.
+    """
+    raylet = _raylet()
+    if raylet is None or sys.platform != "linux":
+        return
+    descriptor = os.pidfd_open(raylet)
+
+    def wait() -> None:
+        while not over.is_set():
+            if select.select([descriptor], [], [], 1.0)[0] and not over.is_set():
+                print(
+                    "stopped: the raylet, Ray's process on this machine, died (logs: Ray's session directory); start it "
+                    "again if it is a cluster's, and go on with --resume",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                sys.stdout.flush()
+                os._exit(EXIT_TRY_AGAIN)
+        os.close(descriptor)
+
+    threading.Thread(target=wait, name="raylet", daemon=True).start()
+
+
+def _raylet() -> int | None:
+    """Process id of Ray's process on this machine, if it can be seen."""
+    socket_name = ray._private.worker._global_node.raylet_socket_name.encode()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # processes come and go
+            words = path.read_bytes().split(b"\0")
+            if words[0].endswith(b"/raylet") and any(socket_name in word for word in words):
+                return int(path.parent.name)
+    return None
+
+
+def _get(calls: Any, who: str) -> Any:
+    """What actors answer that the run cannot do without.
+
+    Raises:
+        RunInterrupted: one of them is gone.
+    """
+    try:
+        return ray.get(calls)
+    except _LOSSES as error:
+        raise RunInterrupted(
+            f"{who} was lost: {_first_line(error)} (its log: Ray's session directory); go on from the last checkpoint with "
+            f"--resume"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 # --- samplers -------------------------------------------------------------------------------------------------------
@@ -168,22 +249,38 @@ class _SamplerActor:
         )
         self._faults = faults
         self._recompute = rollout.cache_on_update == "recompute"
+        self._loading = False
+        self._chunks = 0  # of weights that were fetched
 
     def ready(self) -> str:
         return ray.get_runtime_context().get_node_id()
 
     def collect(self, *arguments: Any) -> Finished:
-        return self._sampler.collect(*arguments)
+        with _engine_failures():
+            return self._sampler.collect(*arguments)
 
     def hurry(self) -> None:
         self._sampler.hurry()
 
+    def pulse(self) -> Pulse:
+        pulse = self._sampler.pulse(loading=self._loading)
+        return replace(pulse, progress=pulse.progress + self._chunks)
+
     def load_weights(self, snapshot: WeightSnapshot, canary: Sequence[tuple[int, ...]]) -> LoadReport:
+        self._loading = True
+        try:
+            with _engine_failures():
+                return self._load_weights(snapshot, canary)
+        finally:
+            self._loading = False
+
+    def _load_weights(self, snapshot: WeightSnapshot, canary: Sequence[tuple[int, ...]]) -> LoadReport:
         start = time.perf_counter()
         digest = Digest()
         tensors: list[Any] = []
         for handle in snapshot.chunks:
             chunk = ray.get(handle)
+            self._chunks += 1
             digest.add(chunk)
             tensors.extend((wire.name, wire.tensor()) for wire in chunk)
         if self._faults.router_noise and snapshot.version in (self._faults.noisy_versions or (snapshot.version,)):
@@ -202,6 +299,18 @@ class _SamplerActor:
         return LoadReport(snapshot.version, digest.hexdigest(), seconds, samples)
 
 
+@contextmanager
+def _engine_failures() -> Iterator[None]:
+    """Whatever an engine raises, other than about what it was asked for, is its end: a device that failed stays failed."""
+    try:
+        yield
+    except (ValueError, RunStopped, ray.exceptions.RayError):  # the last: the weights are gone, not the engine
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        raise SamplerLost(f"its engine failed: {_first_line(error)}") from error
+
+
 def noisy(tensor: Any, deviation: float) -> Any:
     """With normal noise, always the same for the same shape: a deliberate fault."""
     import torch
@@ -210,25 +319,78 @@ def noisy(tensor: Any, deviation: float) -> Any:
     return tensor + (deviation * torch.randn(tensor.shape, generator=generator)).to(tensor)
 
 
-class _SamplerCalls:
-    """What a `Dispatcher` asks of the actors."""
+class _SamplerWorkers:
+    """What a `Fleet` asks of Ray."""
 
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self._actors = actors
+    def __init__(self, section: SamplerSection, start: Callable[[Any, int, bool], Any]) -> None:
+        from posttrain.sampler import engine_environment
+
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+        self._start = start
+        self._actor = ray.remote(_SamplerActor).options(
+            num_cpus=section.num_cpus,
+            num_gpus=gpus,
+            max_concurrency=_CALLS_AT_ONCE,
+            runtime_env={"env_vars": engine_environment(section.num_threads, section.kv_cache_gib)},
+        )
+
+    def start(self, number: int, *, replaces: bool) -> Any:
+        return self._start(self._actor, number, replaces)
+
+    def call(self, worker: Any, method: str, *arguments: Any) -> Future[Any]:
+        answer: Future[Any] = Future()
+
+        def take(call: Future[Any]) -> None:
+            error = call.exception()
+            if error is None:
+                answer.set_result(call.result())
+            elif isinstance(error, SamplerLost):  # raised in the actor: the text of Ray's would be a traceback
+                answer.set_exception(SamplerLost(str(getattr(error, "cause", error))))
+            elif isinstance(error, ray.exceptions.RayTaskError) and isinstance(error, _LOSSES):
+                answer.set_exception(RunInterrupted("published weights are gone with the learner; go on with --resume"))
+            elif isinstance(error, _LOSSES):
+                answer.set_exception(SamplerLost(_first_line(error)))
+            else:
+                answer.set_exception(error)
+
+        getattr(worker, method).remote(*arguments).future().add_done_callback(take)
+        return answer
+
+    def end(self, worker: Any) -> None:
+        ray.kill(worker)  # with SIGKILL after 5 seconds, if it does not answer
+
+
+class _SamplerCalls:
+    """What a `Dispatcher` asks of the fleet."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
 
     def collect(self, sampler: int, *arguments: Any) -> Future[Finished]:
-        found: Future[Finished] = self._actors[sampler].collect.remote(*arguments).future()
-        return found
+        return self._fleet.call(sampler, "collect", *arguments)
 
     def hurry(self, sampler: int) -> None:
-        self._actors[sampler].hurry.remote()
+        self._fleet.call(sampler, "hurry")
+
+    def serving(self) -> list[int]:
+        return self._fleet.serving()
+
+    def is_lost(self, sampler: int) -> bool:
+        return self._fleet.is_lost(sampler)
 
 
 class SamplerPool:
     """The samplers. Prompts go only to those whose receipt for the current version is valid.
 
     One thread may generate while another loads weights: prompts wait for the receipts. A load waits for what is being
-    generated, or with `rollout.in_flight_updates` comes in between.
+    generated, or with `rollout.in_flight_updates` comes in between. A sampler that is lost is replaced meanwhile.
+
+    Args:
+        model: what they load at the start.
+        section, seed, faults, rollout: of the recipe.
+        origin: what those load that are started later; the checkpoint that a resumed run began with may be deleted by then.
+            None takes `model`.
+        report: hears of samplers that are lost and replaced.
     """
 
     def __init__(
@@ -238,53 +400,56 @@ class SamplerPool:
         seed: int,
         faults: FaultsSection | None = None,
         rollout: RolloutSection | None = None,
+        *,
+        origin: ModelSection | None = None,
+        report: FaultLog | None = None,
     ) -> None:
-        from posttrain.sampler import engine_environment
-
         faults, rollout = faults or FaultsSection(), rollout or RolloutSection()
-        actor = ray.remote(_SamplerActor)
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-        self._actors = [
-            actor.options(
-                num_cpus=section.num_cpus,
-                num_gpus=gpus,
-                max_concurrency=_CALLS_AT_ONCE,
-                runtime_env={"env_vars": engine_environment(section.num_threads, section.kv_cache_gib)},
-            ).remote(model, section, seed + index, faults, rollout)
-            for index in range(section.num_workers)
-        ]
-        self._dispatcher = Dispatcher(_SamplerCalls(self._actors), section.max_num_seqs // rollout.num_generations)
+
+        def start(actor: Any, number: int, replaces: bool) -> Any:
+            source = (origin or model) if replaces else model
+            return actor.remote(source, section, seed + number, faults, rollout)
+
+        self.fleet = Fleet(_SamplerWorkers(section, start), section, report or FaultLog())
+        self._dispatcher = Dispatcher(_SamplerCalls(self.fleet), section.max_num_seqs // rollout.num_generations)
         self._max_carries = rollout.max_carries
         self._in_flight_updates = rollout.in_flight_updates
-        self._admitted = list(range(section.num_workers))
-        self._loading = False
-        self._generating = 0  # calls of `generate` and `generate_enough` that are going on
-        self._changed = threading.Condition()
-        self.version = -1  # that the samplers have proved to hold
         self._timeout = section.start_timeout_seconds
+        _pools.add(self)
+
+    @property
+    def version(self) -> int:
+        """That the samplers have proved to hold."""
+        return self.fleet.version
 
     def wait_until_ready(self) -> list[str]:
-        """Wait for the engines. Returns the Ray node id of each.
+        """Wait for the engines, and look after them from then on. Returns the Ray node id of each.
 
         Raises:
-            RunStopped: an engine did not start in time.
+            RunStopped: an engine did not start, or not in time.
         """
+        workers = self.fleet.workers()
         try:
-            return ray.get([actor.ready.remote() for actor in self._actors], timeout=self._timeout)
+            nodes: list[str] = ray.get([worker.ready.remote() for worker in workers], timeout=self._timeout)
         except ray.exceptions.GetTimeoutError:
             raise RunStopped(
                 f"a sampler was not ready after {self._timeout:g} s: raise sampler.start_timeout_seconds, or look at "
-                f"the actor's log in Ray's session directory; is there room for {len(self._actors)} sampler(s)?"
+                f"the actor's log in Ray's session directory; is there room for {len(workers)} sampler(s)?"
             ) from None
+        except _LOSSES as error:
+            raise RunStopped(f"a sampler did not start: {error}") from error
+        self.fleet.watch()
+        return nodes
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
         """Sample on all admitted samplers; completions come in the order of the prompts.
 
         Raises:
             ParityError: no sampler holds a proved copy of the current policy.
+            RunInterrupted: no sampler is left.
         """
-        with self._sampling() as samplers:
-            return self._dispatcher.everything(prompts, params, samplers, self.version)
+        with self.fleet.generating():
+            return self._dispatcher.everything(prompts, params, self.version)
 
     def generate_enough(
         self, prompts: Sequence[Prompt], params: SamplingParams, count: int
@@ -295,53 +460,37 @@ class SamplerPool:
         `rollout.max_carries` times are finished whatever the count.
 
         Raises:
-            ParityError: see `generate`.
+            ParityError, RunInterrupted: see `generate`.
         """
-        with self._sampling() as samplers:
-            return self._dispatcher.enough(
-                prompts, params, samplers, self.version, count=count, max_carries=self._max_carries
-            )
+        with self.fleet.generating():
+            return self._dispatcher.enough(prompts, params, self.version, count=count, max_carries=self._max_carries)
 
     @property
     def carried(self) -> list[Prompt]:
         """Prompts that were given to `generate_enough` and whose groups it has not returned."""
         return self._dispatcher.carried
 
-    @contextmanager
-    def _sampling(self) -> Iterator[list[int]]:
-        """The samplers that may be given prompts, for the length of the block."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._loading)
-            if not self._admitted:
-                raise ParityError("no sampler has a valid receipt for the current version, so none may generate")
-            samplers = list(self._admitted)
-            self._generating += 1
-        try:
-            yield samplers
-        finally:
-            with self._changed:
-                self._generating -= 1
-                self._changed.notify_all()
+    def load_weights(self, snapshot: WeightSnapshot, canary: Sequence[tuple[int, ...]]) -> dict[int, LoadReport]:
+        """Load a snapshot on every sampler, by number. None begins to generate until `admit`."""
+        return self.fleet.load(snapshot, canary, in_flight=self._in_flight_updates)
 
-    def load_weights(self, snapshot: WeightSnapshot, canary: Sequence[tuple[int, ...]]) -> list[LoadReport]:
-        """Load a snapshot on every sampler. None gets prompts until `admit`."""
-        with self._changed:
-            self._admitted, self._loading = [], True
-            if not self._in_flight_updates:
-                self._changed.wait_for(lambda: not self._generating)
-        return ray.get([actor.load_weights.remote(snapshot, canary) for actor in self._actors])
+    def metrics(self) -> dict[str, Metric]:
+        """How the samplers fare: those that serve, and what has happened since the start."""
+        return {
+            "sampler/serving": Metric(self.fleet.num_serving, "last"),
+            "sampler/restarts": Metric(self.fleet.restarts, "last"),
+            "sampler/requeued_groups": Metric(self._dispatcher.requeued, "last"),
+        }
 
-    def admit(self, version: int, samplers: Sequence[int]) -> None:
-        """These samplers have proved that they hold `version`."""
-        with self._changed:
-            self._admitted, self._loading = list(samplers), False
-            self.version = version
-            self._changed.notify_all()
+    def close(self) -> None:
+        """Let go of the engines: whoever ends from now on is not missed."""
+        self.fleet.close()
 
     def stop(self) -> None:
         """End the engines and give back their memory."""
-        for actor in self._actors:
-            ray.kill(actor)
+        self.close()
+        for worker in self.fleet.workers():
+            ray.kill(worker)
 
 
 # --- learner --------------------------------------------------------------------------------------------------------
@@ -398,6 +547,7 @@ class _RankGroup:
     """The ranks of a model in training behind one set of calls. How samples are laid out in memory is decided here."""
 
     made_by: str  # module:class of a rank
+    _who = "a rank of the learner"
     with_experts = False
 
     def __init__(self, learner: LearnerSection, **arguments: Any) -> None:
@@ -407,6 +557,8 @@ class _RankGroup:
         learner.require_accelerator(bool(gpus))
         self.world_size = learner.num_workers
         self._section = learner
+        self._max_tokens = learner.max_tokens_per_microbatch
+        self.report = FaultLog()  # hears of what is out of memory
         threads = thread_environment(learner.num_threads)
         # torch reads its thread settings when it is imported, which unpickling may do before `start` runs.
         quiet = {**threads, "TOKENIZERS_PARALLELISM": "false"}
@@ -414,7 +566,7 @@ class _RankGroup:
             num_cpus=learner.num_cpus, num_gpus=gpus, runtime_env={"env_vars": quiet}
         )
         self._actors = [actor.remote() for _ in range(self.world_size)]
-        host, port = ray.get(self._actors[0].address.remote())
+        host, port = _get(self._actors[0].address.remote(), self._who)
         meeting = Path(tempfile.gettempdir()) / f"posttrain-ranks-{uuid.uuid4().hex}"
         starts = []
         for rank, handle in enumerate(self._actors):
@@ -434,7 +586,8 @@ class _RankGroup:
 
     def wait_until_ready(self) -> list[str]:
         """Wait for the ranks. Returns the Ray node id of each."""
-        return ray.get(self._starts)
+        nodes: list[str] = _get(self._starts, self._who)
+        return nodes
 
     def optim_step(self) -> dict[str, Metric]:
         """Clip and step on every rank."""
@@ -453,31 +606,66 @@ class _RankGroup:
         return self._on_all("gradients")[0]  # weights may be spread over the ranks
 
     def _forward_backward(self, samples: Sequence[Sample], *args: Any) -> dict[str, Metric]:
-        parts = ray.get(
-            [
-                actor.call.remote("forward_backward", batch, *args)
-                for actor, batch in zip(self._actors, self._pack(samples), strict=True)
-            ]
-        )
+        parts = self._on_packed(samples, lambda actor, batch: actor.call.remote("forward_backward", batch, *args))
         return _sum_of_parts(parts)
 
     def _with_samples(self, method: str, samples: Sequence[Sample], *args: Any, **settings: Any) -> list[Any]:
         shared = ray.put(tuple(samples))
-        return ray.get(
-            [
-                actor.call_with_samples.remote(method, batch, shared, *args, **settings)
-                for actor, batch in zip(self._actors, self._pack(samples), strict=True)
-            ]
+        return self._on_packed(
+            samples,
+            lambda actor, batch: actor.call_with_samples.remote(method, batch, shared, *args, **settings),
+        )
+
+    def _on_packed(self, samples: Sequence[Sample], call: Callable[[Any, TrainBatch], Any]) -> list[Any]:
+        """A call on every rank with its part of a minibatch; in smaller microbatches from now on if memory does not suffice.
+
+        Losses are sums over one global denominator, so the gradient is that of the larger ones. What was accumulated before
+        is dropped: a minibatch is one call.
+        """
+        while True:
+            batches = zip(self._actors, self._pack(samples), strict=True)
+            try:
+                found: list[Any] = _get([call(actor, batch) for actor, batch in batches], self._who)
+                return found
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._take_less(error)
+
+    def _take_less(self, error: Exception) -> None:
+        """Halve the microbatches.
+
+        Raises:
+            RunStopped: they are single rows already, or other ranks are left waiting in a collective call.
+        """
+        before, row = self._max_tokens, self._section.row_length
+        cure = (
+            "lower learner.max_tokens_per_microbatch or learner.row_length, or set learner.gradient_checkpointing or "
+            "learner.logits_chunk, and go on with --resume"
+        )
+        if self.world_size > 1 or before < 2 * row:
+            why = "several ranks cannot go back together" if self.world_size > 1 else "a microbatch is one row already"
+            raise RunStopped(
+                f"{self._who} is out of memory at {before} tokens a microbatch, and {why}; {cure}"
+            ) from error
+        self._max_tokens = before // 2
+        self._on_all("drop_gradients")
+        self.report(
+            "out_of_memory",
+            f"{self._who} is out of memory: microbatches of {self._max_tokens} instead of {before} tokens from now on, which "
+            f"changes no gradient; set learner.max_tokens_per_microbatch={self._max_tokens} next time",
+            max_tokens_per_microbatch=self._max_tokens,
         )
 
     def _on_all(self, method: str, *args: Any) -> list[Any]:
-        return ray.get([actor.call.remote(method, *args) for actor in self._actors])
+        found: list[Any] = _get([actor.call.remote(method, *args) for actor in self._actors], self._who)
+        return found
 
     def _pack(self, samples: Sequence[Sample]) -> list[TrainBatch]:
         return pack(
             samples,
             world_size=self.world_size,
-            max_tokens_per_microbatch=self._section.max_tokens_per_microbatch,
+            max_tokens_per_microbatch=self._max_tokens,
             row_length=self._section.row_length,
             pad_token_id=0,
             with_experts=self.with_experts,
@@ -511,7 +699,8 @@ class LearnerGroup(_RankGroup):
 
     def export_weights(self, version: int) -> WeightSnapshot:
         # Only the first rank sends anything, but weights may be spread over all.
-        return ray.get([actor.export_weights.remote(version) for actor in self._actors])[0]
+        snapshots = _get([actor.export_weights.remote(version) for actor in self._actors], self._who)
+        return snapshots[0]
 
     def roll_back(self, path: str) -> None:
         """Take weights, optimizer and schedule of an earlier checkpoint, on every rank."""
@@ -530,6 +719,7 @@ class CriticGroup(_RankGroup):
     """The critic in training: ranks of `posttrain.critic.Critic`."""
 
     made_by = "posttrain.critic:Critic"
+    _who = "a rank of the critic"
 
     def values(self, samples: Sequence[Sample]) -> dict[int, tuple[float, ...]]:
         """What is expected before each token, by sample."""

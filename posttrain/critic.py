@@ -141,6 +141,10 @@ class Critic:
         self._scheduler.load_state_dict(state["scheduler"])
         set_hyperparameters(self._optimizer, self._scheduler, self._optimizer_section)
 
+    def drop_gradients(self) -> None:
+        """Forget what `forward_backward` has accumulated."""
+        self._optimizer.zero_grad()
+
     def gradients(self) -> dict[str, torch.Tensor]:
         """The accumulated gradient by parameter name (copies), for inspection."""
         return {name: p.grad.clone() for name, p in self._model.named_parameters() if p.grad is not None}

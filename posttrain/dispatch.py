@@ -5,6 +5,9 @@ The algorithm alone, on futures: `posttrain.cluster.SamplerPool` makes the calls
 Every sampler that is free gets prompts from one backlog, no more than it can decode together, so that none runs dry while
 another has prompts waiting. `enough` ends before all groups are finished: the longest are left in the engines, with what they
 have so far, and are gone on with when the next ones are asked for (partial rollouts; Kimi k1.5, 2501.12599, section 2.6.2).
+
+What a sampler had begun when it was lost is begun again by the others, once: a group counts when it comes from the sampler
+that it was last given to.
 """
 
 from __future__ import annotations
@@ -22,6 +25,11 @@ from posttrain.types import Completion, Prompt, SamplingParams
 Finished = list[tuple[int, list[Completion]]]  # groups by their tickets
 
 _REPORTS = 2  # a sampler that has others beside it reports when such a part of its share is finished
+_LOOK_SECONDS = 0.5  # newcomers are looked for so often
+
+
+class SamplerLost(Exception):
+    """A sampler is gone, with all that it had begun."""
 
 
 class Samplers(Protocol):
@@ -36,10 +44,16 @@ class Samplers(Protocol):
         count: int,
         due: Collection[int],
     ) -> Future[Finished]:
-        """`posttrain.sampler.Sampler.collect`, of one sampler."""
+        """`posttrain.sampler.Sampler.collect`, of one sampler. Raises SamplerLost in the future when that is lost."""
 
     def hurry(self, sampler: int) -> None:
         """Let a `collect` that runs return with what it has."""
+
+    def serving(self) -> Sequence[int]:
+        """Those that may be given prompts now. Waits while there is none, and raises when none will come."""
+
+    def is_lost(self, sampler: int) -> bool:
+        """Whether a sampler was given up. Its number does not come again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +76,7 @@ class Dispatcher:
     def __init__(self, samplers: Samplers, capacity: int) -> None:
         self._samplers = samplers
         self._capacity = max(1, capacity)
+        self.requeued = 0  # groups that were begun again because their sampler was lost
         self._tickets = itertools.count()
         # What `enough` leaves for the next time: prompts not begun, groups begun, groups finished that were not needed.
         self._waiting: dict[int, Prompt] = {}
@@ -75,19 +90,16 @@ class Dispatcher:
         prompts = {**self._waiting, **{ticket: group.prompt for ticket, group in begun.items()}}
         return [prompt for _, prompt in sorted(prompts.items())]
 
-    def everything(
-        self, prompts: Sequence[Prompt], params: SamplingParams, samplers: Sequence[int], version: int
-    ) -> list[list[Completion]]:
+    def everything(self, prompts: Sequence[Prompt], params: SamplingParams, version: int) -> list[list[Completion]]:
         """All groups, in the order of the prompts."""
         new = {next(self._tickets): prompt for prompt in prompts}
-        found = self._gather(deque(new.items()), {}, params, samplers, version, len(new), due=set())
+        found = self._gather(deque(new.items()), {}, params, version, len(new), due=set())
         return [found[ticket][1] for ticket in new]
 
     def enough(
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams,
-        samplers: Sequence[int],
         version: int,
         *,
         count: int,
@@ -98,8 +110,7 @@ class Dispatcher:
         Args:
             prompts: to begin.
             params: the same for all calls, or groups would be of two kinds.
-            samplers: that may sample.
-            version: of the policy that they hold.
+            version: of the policy that the samplers hold.
             count: of groups; at most as many as are carried and begun.
             max_carries: versions that a group may be older than this one when it is returned. What has reached that is
                 finished and returned, whatever the count.
@@ -108,10 +119,11 @@ class Dispatcher:
             The groups that were begun first.
         """
         self._waiting |= {next(self._tickets): prompt for prompt in prompts}
-        due = {ticket for ticket, group in self._unfinished.items() if version - group.version >= max_carries}
         backlog = deque(sorted(self._waiting.items()))
+        self._take_back(backlog, self._unfinished)
+        due = {ticket for ticket, group in self._unfinished.items() if version - group.version >= max_carries}
         wanted = count - len(self._surplus)
-        self._surplus |= self._gather(backlog, self._unfinished, params, samplers, version, wanted, due)
+        self._surplus |= self._gather(backlog, self._unfinished, params, version, wanted, due)
         self._waiting = dict(backlog)
         order = sorted(self._surplus)
         least = sum(version - self._surplus[ticket][0].version >= max_carries for ticket in order)
@@ -123,7 +135,6 @@ class Dispatcher:
         backlog: deque[tuple[int, Prompt]],
         running: dict[int, Unfinished],
         params: SamplingParams,
-        samplers: Sequence[int],
         version: int,
         count: int,
         due: Set[int],
@@ -133,12 +144,23 @@ class Dispatcher:
         calls: dict[Future[Finished], int] = {}
 
         def take(call: Future[Finished]) -> None:
-            del calls[call]
-            done.update({ticket: (running.pop(ticket), completions) for ticket, completions in call.result()})
+            sampler = calls.pop(call)
+            try:
+                finished = call.result()
+            except SamplerLost:
+                for index in calls.values():  # else what was lost would wait until they are through with theirs
+                    self._samplers.hurry(index)
+                return
+            for ticket, completions in finished:
+                # A group that was taken back meanwhile is somebody else's.
+                if ticket in running and running[ticket].sampler == sampler:
+                    done[ticket] = (running.pop(ticket), completions)
 
         while len(done) < count or not due <= done.keys():
-            idle = sorted({*samplers, *(group.sampler for group in running.values())} - set(calls.values()))
-            shares = self._shares(backlog, running, [index for index in idle if index in samplers], len(samplers))
+            serving = self._samplers.serving()
+            self._take_back(backlog, running)
+            idle = sorted({*serving, *(group.sampler for group in running.values())} - set(calls.values()))
+            shares = self._shares(backlog, running, [index for index in idle if index in serving], len(serving))
             for index, share in shares.items():
                 running |= {ticket: Unfinished(prompt, index, version) for ticket, prompt in share}
             for index in idle:
@@ -148,13 +170,20 @@ class Dispatcher:
                     late = due & set(tickets)
                     call = self._samplers.collect(index, shares.get(index, ()), params, tickets, enough, late)
                     calls[call] = index
-            for call in wait(calls, return_when=FIRST_COMPLETED).done:
+            for call in wait(calls, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED).done:
                 take(call)
         for index in calls.values():
             self._samplers.hurry(index)
         for call in list(calls):
             take(call)
         return done
+
+    def _take_back(self, backlog: deque[tuple[int, Prompt]], running: dict[int, Unfinished]) -> None:
+        """Groups whose sampler is lost come first in the backlog, the oldest before the others."""
+        lost = [ticket for ticket, group in running.items() if self._samplers.is_lost(group.sampler)]
+        for ticket in sorted(lost, reverse=True):
+            backlog.appendleft((ticket, running.pop(ticket).prompt))
+        self.requeued += len(lost)
 
     def _report_after(
         self, needed: int, tickets: Sequence[int], running: dict[int, Unfinished], has_backlog: bool

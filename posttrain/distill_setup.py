@@ -15,6 +15,7 @@ from posttrain.distill_data import Problems, with_system_prompt
 from posttrain.distill_job import DistillJob
 from posttrain.endpoint_teacher import EndpointTeacher
 from posttrain.errors import RunStopped
+from posttrain.fault_log import FaultLog
 from posttrain.flight_recorder import LOGS
 from posttrain.journal import Journal
 from posttrain.metrics import MetricsLog
@@ -136,7 +137,13 @@ def _start_engines(job: DistillJob, stack: ExitStack) -> None:
     if isinstance(teacher, LocalTeacher) and job.missing():
         assert recipe.teacher.model is not None
         rollout = RolloutSection(num_generations=1, top_k=recipe.generation.top_k)
-        teacher.pool = SamplerPool(_absolute(recipe.teacher.model), recipe.sampler, recipe.seed, rollout=rollout)
+        teacher.pool = SamplerPool(
+            _absolute(recipe.teacher.model),
+            recipe.sampler,
+            recipe.seed,
+            rollout=rollout,
+            report=FaultLog(job.run_dir.path),
+        )
         teacher.pool.wait_until_ready()
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command with --resume has a chance
+
 
 class RunStopped(RuntimeError):
     """The run cannot go on; the message says why and what to do."""
+
+
+class RunInterrupted(RunStopped):
+    """What the run stood on is gone, not the run: the same command with --resume goes on."""
 
 
 class ParityError(RunStopped):

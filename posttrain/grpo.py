@@ -66,7 +66,7 @@ def train(job: GrpoJob, stop: StopRequest, progress: Progress) -> None:
     with closing(stream) as rollouts:
         while job.step < recipe.max_steps and not stop:
             start = time.perf_counter()
-            batch = next(rollouts)
+            batch = job.next_rollout(rollouts)
             batch_advantages = group_advantages(batch, recipe.algorithm)
             job.bundles.begin(batch)
 

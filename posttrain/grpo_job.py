@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ from posttrain.curriculum import PassRates
 from posttrain.distillation import require_same_vocabulary
 from posttrain.episode_reward import episode_scorer
 from posttrain.episodes import episodes
-from posttrain.errors import RunStopped
+from posttrain.errors import RunInterrupted, RunStopped
+from posttrain.fault_log import FaultLog
 from posttrain.flight_recorder import LOGS, record
 from posttrain.grpo_resume import REFERENCES, reference_of, renewed_at, restore_prompts
 from posttrain.metrics import Metric, MetricsLog
@@ -129,6 +130,20 @@ class GrpoJob:
             return None
         return Carrying(self.samplers.generate_enough, lambda: self.samplers.carried, oversampling)
 
+    def next_rollout(self, rollouts: Iterator[Rollout]) -> Rollout:
+        """The next one. The policy is between two steps: when no sampler is left it is saved as it is.
+
+        Raises:
+            RunInterrupted: no sampler is left.
+        """
+        try:
+            return next(rollouts)
+        except RunInterrupted:
+            if 0 < self.step != self.saved_step and not (self.breaker and self.breaker.is_tripped):
+                with suppress(RunInterrupted):  # the learner is gone too
+                    self.save()
+            raise
+
     def end_step(
         self,
         batch: Rollout,
@@ -148,6 +163,7 @@ class GrpoJob:
             **batch.metrics(self.step - 1),
             **learned,
             **publication_metrics(receipts),
+            **self.samplers.metrics(),
             **{name: Metric(value, "mean") for name, value in seconds.items()},
             "throughput/samples_per_second": Metric(samples / seconds["time/step"], "mean"),
             "throughput/tokens_per_second": Metric(tokens / seconds["time/step"], "mean"),
@@ -357,9 +373,13 @@ def start(recipe: GrpoRecipe, *, resume: bool, allow_change: Sequence[str] = ())
             by_level=recipe.curriculum is not None and recipe.curriculum.order == "level",
         )
     with session(recipe.ray_address, _cpus(recipe), run_dir.path / LOGS), ExitStack() as stack:
-        samplers = SamplerPool(model, recipe.sampler, recipe.seed, faults=recipe.faults, rollout=recipe.rollout)
+        fault_log = FaultLog(run_dir.path)
+        samplers = SamplerPool(
+            model, recipe.sampler, recipe.seed, recipe.faults, recipe.rollout, origin=recipe.model, report=fault_log
+        )
         reference = reference_of(recipe, run_dir.path, found)
         learner = _learner(recipe, model, reference)
+        learner.report = fault_log
         critic = _critic(recipe, model, found)
         generate = stack.enter_context(
             episodes(recipe.environment, samplers.generate, tokenizer, recipe.sampler.max_model_len)

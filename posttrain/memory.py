@@ -52,6 +52,11 @@ def expected_memory(recipe: SftRecipe, policy: Any, vocabulary: int, teacher: An
     }
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether that is what torch says, of a GPU or of the machine."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def available_memory() -> int:
     """Bytes that are free: of the GPU where there is one, else of the machine."""
     if torch.cuda.is_available():

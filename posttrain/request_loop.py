@@ -26,6 +26,10 @@ class RequestLoop:
         self._run = run
         self._ids = itertools.count()
         self._finished: dict[str, Any] = {}
+        self._running = 0  # requests that are not finished
+        self._waiting = 0  # threads that want the engine to go on
+        self.steps = 0
+        self.tokens = 0  # prompt tokens taken in, and one for each running request and step
         self._turn = threading.Condition()
         self._stepping = False  # a thread is inside engine.step, which holds no lock so that others can queue up
         self._interruptions = 0  # threads that want the engine to stand still
@@ -40,6 +44,8 @@ class RequestLoop:
         with self.between_steps():
             request_id = str(next(self._ids))
             self._engine.add_request(request_id, {"prompt_token_ids": list(token_ids)}, params)
+            self._running += 1
+            self.tokens += len(token_ids)
         return request_id
 
     def wait(self, request_ids: Sequence[str]) -> dict[str, Any]:
@@ -51,11 +57,20 @@ class RequestLoop:
     def wait_until(self, enough: Callable[[], bool]) -> None:
         """Step the engine until `enough`, which is asked after each step, is true."""
         with self._turn:
-            while not enough():
-                if self._stepping or self._interruptions:
-                    self._turn.wait()
-                else:
-                    self._step()
+            self._waiting += 1
+            try:
+                while not enough():
+                    if self._stepping or self._interruptions:
+                        self._turn.wait()
+                    else:
+                        self._step()
+            finally:
+                self._waiting -= 1
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for the engine to go on."""
+        return self._waiting > 0
 
     @property
     def finished(self) -> Set[str]:
@@ -75,7 +90,11 @@ class RequestLoop:
             self._turn.acquire()
             self._stepping = False
             self._turn.notify_all()
-        self._finished |= {output.request_id: output for output in outputs if output.finished}
+        finished = {output.request_id: output for output in outputs if output.finished}
+        self._finished |= finished
+        self.steps += 1
+        self.tokens += self._running
+        self._running -= len(finished)
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posttrain.decoding import completion_text
+from posttrain.health import Pulse
 from posttrain.request_loop import RequestLoop
 from posttrain.threads import thread_environment
 from posttrain.types import Completion, Prompt, SamplingParams
@@ -136,6 +137,7 @@ class Sampler:
         self._speculation: list[SpeculationCount] = []
         self._groups: dict[int, _Group] = {}  # begun by `collect` and not returned yet, by ticket
         self._hurries = 0
+        self._loaded = 0  # tensors
         self._set_version(0)
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
@@ -275,10 +277,20 @@ class Sampler:
                 stay as the old policy left them.
         """
         with self._loop.between_steps():
-            self._rpc("load_weights_in_place", weights)
+            self._rpc("load_weights_in_place", self._counted(weights))
             # Else prompts that come again would find the old policy's keys and values.
             self._engine.reset_prefix_cache(reset_running_requests=recompute)
             self._set_version(version)
+
+    def pulse(self, *, loading: bool) -> Pulse:
+        """How far it is; answered beside whatever else it does. `loading` says that weights are on their way."""
+        steps = self._loop.steps
+        return Pulse(loading or self._loop.is_wanted, steps + self._loaded, steps, self._loop.tokens)
+
+    def _counted(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for weight in weights:
+            self._loaded += 1
+            yield weight
 
     def _set_version(self, version: int) -> None:
         self.version = version

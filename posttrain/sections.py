@@ -240,6 +240,9 @@ class SamplerSection(Section):
     num_cpus: NonNegative = 1  # what Ray reserves for one worker
     num_threads: PositiveInt = 2  # OpenMP threads of one worker on CPU
     start_timeout_seconds: Positive = 300
+    timeout_seconds: Positive = 60  # without an answer, or without a step while there is work: the worker is given up
+    max_restarts: NonNegativeInt = 3  # of each worker in a run
+    slow_factor: NonNegative = 10  # a worker so many times slower than the others is given up; 0 leaves it alone
 
     @model_validator(mode="after")
     def _whole_gibibytes(self) -> SamplerSection:

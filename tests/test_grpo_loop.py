@@ -10,7 +10,8 @@ import pytest
 
 from posttrain import grpo
 from posttrain.breaker import Verdict
-from posttrain.errors import ParityError
+from posttrain.errors import ParityError, RunInterrupted
+from posttrain.grpo_job import GrpoJob
 from posttrain.metrics import Metric
 from posttrain.parity import Mismatch, ParityReport
 from posttrain.recipe import GrpoRecipe
@@ -90,3 +91,22 @@ def test_a_batch_without_signal_is_not_compared_in_training() -> None:
 def test_what_needs_the_batch_scored_is_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=f"first_minibatch with {named}"):
         GrpoRecipe.model_validate({**RECIPE, **changes})
+
+
+@pytest.mark.parametrize(
+    ("step", "saved_step", "is_tripped", "saves"),
+    [(7, 5, False, 1), (5, 5, False, 0), (0, -1, False, 0), (7, 5, True, 0)],
+)
+def test_when_no_sampler_is_left_the_policy_between_two_steps_is_saved(
+    step: int, saved_step: int, is_tripped: bool, saves: int
+) -> None:
+    def rollouts() -> Any:
+        raise RunInterrupted("no sampler is left")
+        yield
+
+    calls: list[int] = []
+    breaker = SimpleNamespace(is_tripped=is_tripped)
+    job: Any = SimpleNamespace(step=step, saved_step=saved_step, breaker=breaker, save=lambda: calls.append(step))
+    with pytest.raises(RunInterrupted, match="no sampler is left"):
+        GrpoJob.next_rollout(job, rollouts())
+    assert len(calls) == saves
