@@ -68,7 +68,7 @@ EXPLAINED = {
     "max_restarts": "go on by itself, so often, when the run is killed or its learner or Ray is gone",
 }
 LOOKING = ("preflight", "lineage")  # options with which a stage shows something and stops
-OPTIONS = ("--config", "--dry-run", RESTARTS, *(f"--{name}" for name in (*STAGE_OPTIONS, *NAMING_OPTIONS)), "--help")
+OPTIONS = ("--config", "--dry-run", *(f"--{name}" for name in (*STAGE_OPTIONS, *NAMING_OPTIONS)), RESTARTS, "--help")
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
