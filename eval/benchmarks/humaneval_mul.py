@@ -75,7 +75,7 @@ def problem(row: Row) -> Problem:
     if row.get("entry_point") is not None:
         language, parts = "python", _python(row)
     elif {"name", "language", "tests"} <= set(row):
-        language = _NAMES.get(row["language"], row["language"])
+        language = str(_NAMES.get(row["language"], row["language"]))
         if language not in _PARTS:
             raise ValueError(f"the language {row['language']!r} is not one of {', '.join(_NAMES)}")
         parts = _PARTS[language](row)
