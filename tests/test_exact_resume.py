@@ -39,7 +39,9 @@ def test_sft_goes_on_from_the_checkpoint_before_a_damaged_one_and_ends_with_the_
     code, output = run(*words)
     assert code == 0, output
     latest = out / "checkpoints" / "latest"
-    weights, lines = load_file(latest / "model.safetensors"), metrics(out)
+    # Copied: what is loaded is mapped into memory, and the file is about to be cut.
+    weights = {name: tensor.clone() for name, tensor in load_file(latest / "model.safetensors").items()}
+    lines = metrics(out)
     os.truncate(latest / "model.safetensors", (latest / "model.safetensors").stat().st_size // 2)
 
     code, output = run(*words, "--resume", "optimizer.learning_rate=1.0e-3", "training.logging_steps=2")
