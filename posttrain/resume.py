@@ -23,7 +23,7 @@ from posttrain.fingerprints import Change, Snapshot, changes, neutral_recipe, qu
 from posttrain.recipe import RECIPES, Recipe, RecipeError
 from posttrain.recipe_file import load_recipe, nearest
 from posttrain.run_dir import RunDir
-from posttrain.stage_inputs import PLACES, find_inputs
+from posttrain.stage_inputs import find_inputs
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -192,9 +192,19 @@ def _is_constant(recipe: Any) -> bool:
 
 def _told_apart(before: Snapshot, now: Snapshot) -> list[Change]:
     """What differs; a model or file that lies elsewhere and is the same is no difference."""
-    old, new = ({row["key"]: row["sha256"] for row in look.inputs if row["sha256"]} for look in (before, now))
-    moved = {key for key in old.keys() & new.keys() if key.rpartition(".")[2] in PLACES and old[key] == new[key]}
+    old, new = _contents(before), _contents(now)
+    moved = {key for key in old.keys() & new.keys() if old[key] == new[key]}
     return [change for change in changes(before, now) if change.key not in moved]
+
+
+def _contents(look: Snapshot) -> dict[str, tuple[str, str]]:
+    """Of keys that name one file or directory and nothing else: its hash, and the function in it that is meant."""
+    whole = dict(_paths(look.recipe))
+    return {
+        row["key"]: (row["sha256"], row["name"].rpartition(".py:")[2] if ".py:" in row["name"] else "")
+        for row in look.inputs
+        if row["sha256"] and whole.get(row["key"]) == row["name"]
+    }
 
 
 def _before(progress: Mapping[str, Any], recipe: Recipe, run_dir: RunDir, now: Snapshot) -> Snapshot | None:
@@ -218,15 +228,16 @@ def _before(progress: Mapping[str, Any], recipe: Recipe, run_dir: RunDir, now: S
 def _require_known(allowed: Sequence[str], before: Snapshot, now: Snapshot) -> None:
     known = {row["key"] for row in (*before.inputs, *now.inputs)}
     for look in (before, now):
-        known |= set(_paths(look.recipe))
+        known |= {key for key, _ in _paths(look.recipe)}
     for key in allowed:
         if key not in known:
             raise RecipeError(f"--allow-change: {key!r} is no key of this recipe{nearest(key, known)}")
 
 
-def _paths(value: Any, key: str = "") -> Iterable[str]:
+def _paths(value: Any, key: str = "") -> Iterable[tuple[str, Any]]:
+    """Every key of a recipe, sections included, with what it holds."""
     if key:
-        yield key
+        yield key, value
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _paths(inner, f"{key}.{name}" if key else str(name))

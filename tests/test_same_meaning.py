@@ -120,6 +120,12 @@ def test_the_files_that_a_recipe_names_are_part_of_its_meaning(home: Path) -> No
     with pytest.raises(RunStopped, match="model.model_name_or_path"):
         go_on(moved)
     (home / "moved" / "model.safetensors").write_bytes(b"weights")
+    (home / "reward.py").rename(home / "judge.py")
+    judged = {"model": moved.model, "rewards": [{"func": f"{home}/judge.py:score"}]}
+    assert go_on(grpo(home, **judged)).changed == ()
+    judged["rewards"] = [{"func": f"{home}/judge.py:other"}]
+    with pytest.raises(RunStopped, match="rewards.0.func"):
+        go_on(grpo(home, **judged))
     (home / "reward.py").write_text("def score(completion, answer, **metadata):\n    return 1.0\n")
     with pytest.raises(RunStopped, match=r"input .*reward.py:score \(rewards.0.func\) changed"):
         go_on(moved)
