@@ -145,7 +145,9 @@ def check_files(recipe: Recipe, source: str | Path, *, made_in: Path | None = No
                 f"{source}: {key}: {value!r} is no checkpoint in Hugging Face format: it has no config.json; give the "
                 f"directory that has it, e.g. runs/<name>/checkpoints/latest"
             )
-        if key.endswith("model_name_or_path") and recipe.stage in TRAINING_STAGES:  # loaded by transformers, all of them
+        if (
+            key.endswith("model_name_or_path") and recipe.stage in TRAINING_STAGES
+        ):  # loaded by transformers, all of them
             try:
                 require_trainable(value, json.loads((path / "config.json").read_text()).get("quantization_config"))
             except ValueError as error:
