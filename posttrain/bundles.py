@@ -5,7 +5,7 @@
       samples.safetensors  for each sample: tokens, logprobs of sampler, learner, reference and teacher, advantages, routes
       policy/              the weights that the step started from, and the tokenizer
 
-A step is bad if it raises, or if its loss or gradient norm is not finite. JSON and safetensors only: whoever is sent a bundle
+A step is bad if it raises, if the learner skips it, or if its loss or gradient norm is not finite. JSON and safetensors only: whoever is sent a bundle
 can open it. `python -m posttrain.replay` runs it through the learner.
 """
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 BUNDLE, SAMPLES, POLICY = "bundle.json", "samples.safetensors", "policy"
 LOSS, GRAD_NORM = "policy/loss", "optim/grad_norm"
+SKIPPED, SKIPPED_NORM = "optim/skipped", "optim/skipped_grad_norm"  # of a step that the learner did not take
 KEPT = 5  # bundles of a run, the first ones: what went wrong first is what explains the rest
 MOST_WEIGHTS = 16 * 2**30  # bytes of a policy that is written into a bundle
 INTEGERS = ("prompt_ids", "completion_ids", "trained", "experts_TLK", "candidates_TC")  # the other arrays are float64
@@ -73,6 +74,7 @@ class BundleKeeper:
             self._keep(job, minibatch, algorithm, seen, number, f"{type(error).__name__}: {error}")
             raise
         wrong = [name for name in (LOSS, GRAD_NORM) if name in seen and not math.isfinite(seen[name].value)]
+        wrong += [SKIPPED] if SKIPPED in seen and seen[SKIPPED].value else []
         if wrong:
             said = ", ".join(f"{name} is {seen[name].value}" for name in wrong)
             self._keep(job, minibatch, algorithm, seen, number, said)
@@ -139,8 +141,12 @@ def _completion(groups: Sequence[Any], sample: Sample) -> dict[str, Any]:
 def _expected(job: GrpoJob, seen: Mapping[str, Metric]) -> dict[str, float]:
     """Loss and gradient norm, as far as the step got."""
     found = {name: seen[name].value for name in (LOSS, GRAD_NORM) if name in seen}
-    if LOSS in found and GRAD_NORM not in found:  # the step was refused, so the gradient is still there
-        found[GRAD_NORM] = norm(job.learner.gradients())
+    if SKIPPED_NORM in seen:
+        found[GRAD_NORM] = seen[SKIPPED_NORM].value
+    elif LOSS in found and GRAD_NORM not in found:
+        gradients = job.learner.gradients()
+        if gradients:  # the step was refused, and the gradient is still there
+            found[GRAD_NORM] = norm(gradients)
     return found
 
 
