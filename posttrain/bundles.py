@@ -5,8 +5,8 @@
       samples.safetensors  for each sample: tokens, logprobs of sampler, learner, reference and teacher, advantages, routes
       policy/              the weights that the step started from, and the tokenizer
 
-A step is bad if it raises, if the learner skips it, or if its loss or gradient norm is not finite. JSON and safetensors only: whoever is sent a bundle
-can open it. `python -m posttrain.replay` runs it through the learner.
+A step is bad if it raises, if the learner skips it, or if its loss or gradient norm is not finite. JSON and safetensors only:
+whoever is sent a bundle can open it. `python -m posttrain.replay` runs it through the learner.
 """
 
 from __future__ import annotations
