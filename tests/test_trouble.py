@@ -301,6 +301,18 @@ def test_a_step_that_the_learner_skips_is_kept(job: Any, tmp_path: Path) -> None
     assert replay.main([str(path)]) == 0
 
 
+def test_weights_that_give_nan_are_replayed_all_the_same(
+    job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for parameter in job.learner._learner._model.parameters():
+        parameter.data.mul_(1e30)  # as one step with a far too large learning rate does
+    keep(job, tmp_path, samples(2), RunStopped("the gradient norm is nan"))
+    (path,) = (tmp_path / "crash").iterdir()
+    assert replay.main([str(path)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("the same") == 2 and "gives NaN whatever it reads" in said
+
+
 def replay_norm(job: Any) -> float:
     from posttrain.bundles import norm
 
