@@ -305,7 +305,7 @@ def test_weights_that_give_nan_are_replayed_all_the_same(
     job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for parameter in job.learner._learner._model.parameters():
-        parameter.data.mul_(1e30)  # as one step with a far too large learning rate does
+        parameter.data.fill_(math.inf)  # as one step with a far too large learning rate does
     keep(job, tmp_path, samples(2), RunStopped("the gradient norm is nan"))
     (path,) = (tmp_path / "crash").iterdir()
     assert replay.main([str(path)]) == 0
