@@ -5,8 +5,8 @@
       samples.safetensors  for each sample: tokens, logprobs of sampler, learner, reference and teacher, advantages, routes
       policy/              the weights that the step started from, and the tokenizer
 
-A step is bad if it raises, or if its loss or gradient norm is not finite. JSON and safetensors only: whoever is sent a bundle
-can open it. `python -m posttrain.replay` runs it through the learner.
+A step is bad if it raises, if the learner skips it, or if its loss or gradient norm is not finite. JSON and safetensors only:
+whoever is sent a bundle can open it. `python -m posttrain.replay` runs it through the learner.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 BUNDLE, SAMPLES, POLICY = "bundle.json", "samples.safetensors", "policy"
-LOSS, GRAD_NORM, SKIPPED = "policy/loss", "optim/grad_norm", "optim/skipped"
+LOSS, GRAD_NORM = "policy/loss", "optim/grad_norm"
+SKIPPED, SKIPPED_NORM = "optim/skipped", "optim/skipped_grad_norm"  # of a step that the learner did not take
 KEPT = 5  # bundles of a run, the first ones: what went wrong first is what explains the rest
 MOST_WEIGHTS = 16 * 2**30  # bytes of a policy that is written into a bundle
 INTEGERS = ("prompt_ids", "completion_ids", "trained", "experts_TLK", "candidates_TC")  # the other arrays are float64
@@ -73,9 +74,9 @@ class BundleKeeper:
             self._keep(job, minibatch, algorithm, seen, number, f"{type(error).__name__}: {error}")
             raise
         wrong = [name for name in (LOSS, GRAD_NORM) if name in seen and not math.isfinite(seen[name].value)]
-        skipped = SKIPPED in seen and seen[SKIPPED].value > 0
-        if wrong or skipped:
-            said = ", ".join(f"{name} is {seen[name].value}" for name in wrong) or "its gradient norm was refused"
+        wrong += [SKIPPED] if SKIPPED in seen and seen[SKIPPED].value else []
+        if wrong:
+            said = ", ".join(f"{name} is {seen[name].value}" for name in wrong)
             self._keep(job, minibatch, algorithm, seen, number, said)
 
     def _keep(
@@ -140,10 +141,12 @@ def _completion(groups: Sequence[Any], sample: Sample) -> dict[str, Any]:
 def _expected(job: GrpoJob, seen: Mapping[str, Metric]) -> dict[str, float]:
     """Loss and gradient norm, as far as the step got."""
     found = {name: seen[name].value for name in (LOSS, GRAD_NORM) if name in seen}
-    if (
-        LOSS in found and GRAD_NORM not in found and SKIPPED not in seen
-    ):  # it was not stepped on: the gradient is still there
-        found[GRAD_NORM] = norm(job.learner.gradients())
+    if SKIPPED_NORM in seen:
+        found[GRAD_NORM] = seen[SKIPPED_NORM].value
+    elif LOSS in found and GRAD_NORM not in found:
+        gradients = job.learner.gradients()
+        if gradients:  # the step was refused, and the gradient is still there
+            found[GRAD_NORM] = norm(gradients)
     return found
 
 

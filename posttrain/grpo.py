@@ -243,7 +243,7 @@ def learn(
                     losses = job.learner.forward_backward(minibatch, algorithm)
                     seen.update(losses)
                 seen.update(job.learner.optim_step())
-            metrics.append(seen)
+            metrics.append(dict(seen))
             if algorithm.target_kl is not None and losses["policy/kl_old"].value > algorithm.target_kl:
                 return merge(metrics), agreement
     return merge(metrics), agreement

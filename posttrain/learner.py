@@ -187,6 +187,7 @@ class Learner:
             with learner_offload.state_on(self._optimizer, self._accelerator.device) if offloaded else nullcontext():
                 self._optimizer.step()
         else:
+            metrics["optim/skipped_grad_norm"] = Metric(grad_norm, "last")
             self._balance.forget_step()
         metrics |= self._guard.metrics("optim")
         metrics["optim/steps"] = Metric(1 - metrics["optim/skipped"].value, "sum")

@@ -69,10 +69,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, stage: str |
     named = tree.get("stage", stage)
     if not isinstance(named, str) or named not in RECIPES:
         hint = nearest(named, RECIPES) if isinstance(named, str) else "; add e.g. stage: sft"
-        raise RecipeError(f"{path}: stage: {named!r} is not a stage; allowed: {', '.join(RECIPES)}{hint}")
+        raise RecipeError(f"{path}: stage: {_shown(named)} is not a stage; allowed: {', '.join(RECIPES)}{hint}")
     if stage is not None and named != stage:
         raise RecipeError(
-            f"{path}: stage: this is a recipe for {named!r}; run it with python -m {module_of(named)} {path}"
+            f"{path}: stage: this is a recipe for {_shown(named)}; run it with python -m {module_of(named)} {path}"
         )
     _refuse_secrets(tree, path)
     if tree.get("run_name") is None:
@@ -80,7 +80,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, stage: str |
     try:
         return RECIPES[named].model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_explain(error, RECIPES[named])}") from None
+        raise RecipeError(f"{path}: {_middle_out(_explain(error, RECIPES[named]))}") from None
 
 
 def stage_recipe(section: StageSection, run_dir: Path) -> Any:
@@ -209,10 +209,10 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return tree
     if not isinstance(base, str):
-        raise RecipeError(f"{path}: extends: {base!r} is not a path; give the path of another recipe")
+        raise RecipeError(f"{path}: extends: {_shown(base)} is not a path; give the path of another recipe")
     chain = (*seen, path)
     if (path.parent / base).resolve() in [file.resolve() for file in chain]:
-        raise RecipeError(f"{path}: extends: {base!r} leads back here in a circle; remove one extends")
+        raise RecipeError(f"{path}: extends: {_shown(base)} leads back here in a circle; remove one extends")
     return _merge(_read_tree(path.parent / base, chain), tree)
 
 
@@ -289,14 +289,16 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     """
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise RecipeError(f"override {override!r}: write key.path=value, e.g. optimizer.learning_rate=1e-5")
+        raise RecipeError(f"override {_shown(override)}: write key.path=value, e.g. optimizer.learning_rate=1e-5")
     if not text:
-        raise RecipeError(f"override {override!r}: there is no value; write one after =, or null for none")
+        raise RecipeError(f"override {_shown(override)}: there is no value; write one after =, or null for none")
     try:
         value = yaml.load(text, _StrictLoader)
     except _UNREADABLE:
-        raise RecipeError(f"override {override!r}: the value {text!r} is not readable as YAML; quote it") from None
-    _require_plain([override, value], f"override {override!r:.80}")
+        raise RecipeError(
+            f"override {_shown(override)}: the value {_shown(text)} is not readable as YAML; quote it"
+        ) from None
+    _require_plain([override, value], f"override {_shown(override)}")
     *parents, last = key.split(".")
     node: Any = tree
     for name in parents:
@@ -306,7 +308,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise RecipeError(f"override {override!r}: {'.'.join(parents)} holds a value, not keys; override it whole")
+        raise RecipeError(
+            f"override {_shown(override)}: {_shown('.'.join(parents))} holds a value, not keys; override it whole"
+        )
 
 
 def _child(node: Any, name: str, override: str) -> Any:
@@ -314,7 +318,7 @@ def _child(node: Any, name: str, override: str) -> Any:
         return node[_index(node, name, override)]
     if not isinstance(node, dict):
         raise RecipeError(
-            f"override {override!r}: {name!r} is below a value, not below keys; override that value whole"
+            f"override {_shown(override)}: {_shown(name)} is below a value, not below keys; override that value whole"
         )
     if node.get(name) is None:
         node[name] = {}
@@ -323,12 +327,23 @@ def _child(node: Any, name: str, override: str) -> Any:
 
 def _index(node: list[Any], name: str, override: str) -> int:
     if not node:
-        raise RecipeError(f"override {override!r}: the list is empty; override it whole")
+        raise RecipeError(f"override {_shown(override)}: the list is empty; override it whole")
     if not name.isdecimal() or int(name) >= len(node):
         raise RecipeError(
-            f"override {override!r}: {name!r} is no item of a list of {len(node)}; use 0 to {len(node) - 1}"
+            f"override {_shown(override)}: {_shown(name)} is no item of a list of {len(node)}; use 0 to {len(node) - 1}"
         )
     return int(name)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut to a glance."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _middle_out(message: str) -> str:
+    """A message without its middle, where a key or a value is longer than anybody reads."""
+    return message if len(message) <= 1500 else f"{message[:1000]} ... {message[-400:]}"
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
@@ -350,8 +365,7 @@ def _explain(error: ValidationError, recipe_type: type[Section]) -> str:
     if first["type"] == "missing":
         return f"{key}: this key is required; add it{more}"
     message = first["msg"].removeprefix("Value error, ")
-    shown = repr(first["input"])
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    shown = _shown(first["input"])
     if first["type"] == "value_error" and isinstance(first["input"], Mapping):
         return f"{key + ': ' if key else ''}{message}{more}"  # a section's own message has the values in it
     return f"{key}: {shown} is not accepted: {message[0].lower()}{message[1:]}; change the value{more}"

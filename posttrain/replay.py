@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from posttrain.bundles import GRAD_NORM, LOSS, POLICY, Bundle, norm, read_bundle
@@ -78,10 +79,10 @@ def replay(bundle: Bundle) -> Replayed:
             "offload_reference": False,
         }
     )
-    learner = Learner(
+    build = partial(
+        Learner,
         recipe.model.model_copy(update={"model_name_or_path": str(bundle.path / POLICY)}),
         recipe.optimizer,
-        section,
         reference_path=None,
         router_section=recipe.router,
         temperature=recipe.rollout.temperature,
@@ -89,6 +90,15 @@ def replay(bundle: Bundle) -> Replayed:
         total_steps=1,
         seed=recipe.seed,
     )
+    notes = _notes(bundle)
+    try:
+        learner = build(section)
+    except ValueError as error:
+        if "by nan" not in str(error):
+            raise
+        # The look at the head, without which logits cannot be computed chunk by chunk, needs a policy that gives numbers.
+        learner = build(section.model_copy(update={"logits_chunk": None}))
+        notes.append("the policy gives NaN whatever it reads: look at the step before")
     batches = pack(
         bundle.samples,
         world_size=int(bundle.contents["world_size"]),
@@ -98,7 +108,7 @@ def replay(bundle: Bundle) -> Replayed:
         with_experts=recipe.router.replay,
     )
     loss = sum(learner.forward_backward(batch, bundle.algorithm)[LOSS].value for batch in batches)
-    return Replayed({LOSS: loss, GRAD_NORM: norm(learner.gradients())}, bundle.expected, tuple(_notes(bundle)))
+    return Replayed({LOSS: loss, GRAD_NORM: norm(learner.gradients())}, bundle.expected, tuple(notes))
 
 
 def _notes(bundle: Bundle) -> list[str]:

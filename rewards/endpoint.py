@@ -135,7 +135,7 @@ class Endpoint:
                 last, pause = f"no connection: {self._without_key(str(error.__cause__ or error))}", None
             except (
                 ValueError,
-                IndexError,
+                LookupError,
                 AttributeError,
                 TypeError,
                 RecursionError,

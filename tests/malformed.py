@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-# Of each property. POSTTRAIN_CASES=1000 makes it more than 10,000 in all; see docs/trouble.md.
+# Of each property. POSTTRAIN_CASES=750 makes it more than 11,000 in all; see docs/trouble.md.
 CASES = int(os.environ.get("POSTTRAIN_CASES", "40"))
 many = settings(
     max_examples=CASES,

@@ -106,6 +106,10 @@ def test_recipe_files(tmp_path_factory: pytest.TempPathFactory, content: bytes) 
 
 @many
 @given(tree=changed(RECIPES))
+@example(tree={**SFT, "x" * 5000: 1})
+@example(tree={**SFT, "seed": "x" * 5000})
+@example(tree={**SFT, "stage": "x" * 5000})
+@example(tree={**GRPO, "rewards": [{"func": "a:b", "name": "x" * 5000, "requires": {"y" * 5000: 1}}]})
 def test_recipe_values(tmp_path_factory: pytest.TempPathFactory, tree: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "changed.yaml"
     path.write_text(json.dumps(tree))  # JSON is YAML, but for what YAML cannot hold
@@ -118,6 +122,10 @@ def test_recipe_values(tmp_path_factory: pytest.TempPathFactory, tree: Any) -> N
         texts, st.builds("{}={}".format, st.sampled_from(["seed", "a.b", "datasets.0.size", "datasets"]), texts)
     )
 )
+@example(override="x" * 5000)
+@example(override=f"seed={'x' * 5000}")
+@example(override=f"{'x' * 5000}.a=1")
+@example(override=f"seed.{'x' * 5000}=1")
 def test_overrides(tmp_path_factory: pytest.TempPathFactory, override: str) -> None:
     path = tmp_path_factory.getbasetemp() / "whole.yaml"
     path.write_bytes(YAML[0])
@@ -451,6 +459,7 @@ def try_reply(server: Any, content: bytes, status: int) -> None:
 @given(reply=changed([REPLY]), status=st.sampled_from([200, 200, 200, 400, 500]))
 @example(reply={**REPLY, "usage": {"prompt_tokens": "many"}}, status=200)
 @example(reply={**REPLY, "choices": []}, status=200)
+@example(reply={**REPLY, "choices": {}}, status=200)
 @example(reply=None, status=200)
 def test_replies_of_a_teacher(server: Any, reply: Any, status: int) -> None:
     try_reply(server, json.dumps(reply).encode(), status)

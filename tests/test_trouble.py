@@ -25,6 +25,7 @@ from posttrain.cli import run_stage
 from posttrain.errors import RunStopped
 from posttrain.flight_recorder import FlightRecorder, record, recording
 from posttrain.learner import Learner
+from posttrain.metrics import Metric
 from posttrain.packing import pack
 from posttrain.recipe import GrpoRecipe
 from posttrain.types import Completion, Group, Prompt, Sample
@@ -283,6 +284,39 @@ def test_a_step_that_is_not_finite_is_kept_and_a_good_one_is_not(
     (path,) = (tmp_path / "crash").iterdir()
     assert math.isnan(read_bundle(path).expected[LOSS]) and math.isnan(read_bundle(path).expected[GRAD_NORM])
     assert replay.main([str(path)]) == 0 and "the same" in capsys.readouterr().out
+
+
+def test_a_step_that_the_learner_skips_is_kept(job: Any, tmp_path: Path) -> None:
+    minibatch, keeper = samples(2), BundleKeeper(tmp_path)
+    keeper.begin(batch_of(minibatch))
+    with keeper.watch(job, minibatch, job.recipe.algorithm) as seen:
+        seen.update(job.learner.forward_backward(minibatch, job.recipe.algorithm))
+        norm = replay_norm(job)
+        job.learner._learner.drop_gradients()
+        seen.update({"optim/skipped": Metric(1.0, "sum"), "optim/skipped_grad_norm": Metric(norm, "last")})
+    (path,) = (tmp_path / "crash").iterdir()
+    assert (
+        read_bundle(path).expected[GRAD_NORM] == norm and "optim/skipped is 1.0" in read_bundle(path).contents["reason"]
+    )
+    assert replay.main([str(path)]) == 0
+
+
+def test_weights_that_give_nan_are_replayed_all_the_same(
+    job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for parameter in job.learner._learner._model.parameters():
+        parameter.data.fill_(math.inf)  # as one step with a far too large learning rate does
+    keep(job, tmp_path, samples(2), RunStopped("the gradient norm is nan"))
+    (path,) = (tmp_path / "crash").iterdir()
+    assert replay.main([str(path)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("the same") == 2 and "gives NaN whatever it reads" in said
+
+
+def replay_norm(job: Any) -> float:
+    from posttrain.bundles import norm
+
+    return norm(job.learner.gradients())
 
 
 def test_a_learner_that_is_gone_leaves_the_samples(
