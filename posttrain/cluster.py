@@ -156,11 +156,11 @@ def _raylet() -> int | None:
     node = ray._private.worker._global_node
     if node is None:  # reached over the network
         return None
-    socket_name = node.raylet_socket_name.encode()
+    socket_name = f"--raylet_socket_name={node.raylet_socket_name}".encode()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # processes come and go
             words = path.read_bytes().split(b"\0")
-            if words[0].endswith(b"/raylet") and any(socket_name in word for word in words):
+            if words[0].endswith(b"/raylet") and socket_name in words:
                 return int(path.parent.name)
     return None
 
