@@ -42,7 +42,7 @@ REWARD = (
     "def score(completion, answer, **metadata):\n    return (len(completion) * 7 + completion.count('e')) % 5 / 5\n"
 )
 BUILD = "{hidden_size: 64, intermediate_size: 96, moe_intermediate_size: 32, num_hidden_layers: 2}"
-SAMPLER = "{num_workers: 2, max_model_len: 192, num_threads: 1, timeout_seconds: 15, max_restarts: 20, slow_factor: 5}"
+SAMPLER = "{num_workers: 2, max_model_len: 192, num_threads: 1, timeout_seconds: 30, max_restarts: 20, slow_factor: 5}"
 RECIPES = {
     "sft": f"""
 model: {{build: {BUILD}}}

@@ -192,11 +192,14 @@ def _watch_raylet(over: threading.Event) -> None:
 
 def _raylet() -> int | None:
     """Process id of Ray's process on this machine, if it can be seen."""
-    socket_name = ray._private.worker._global_node.raylet_socket_name.encode()
+    node = ray._private.worker._global_node
+    if node is None:  # reached over the network
+        return None
+    socket_name = f"--raylet_socket_name={node.raylet_socket_name}".encode()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # processes come and go
             words = path.read_bytes().split(b"\0")
-            if words[0].endswith(b"/raylet") and any(socket_name in word for word in words):
+            if words[0].endswith(b"/raylet") and socket_name in words:
                 return int(path.parent.name)
     return None
 
@@ -628,7 +631,7 @@ class _RankGroup:
                 found: list[Any] = _get([call(actor, batch) for actor, batch in batches], self._who)
                 return found
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(getattr(error, "cause", error)):  # Ray's error is about the actor's own
                     raise
                 self._take_less(error)
 

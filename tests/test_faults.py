@@ -63,7 +63,7 @@ class Parts:
 
         model = ModelSection(model_name_or_path=str(path))
         self.log = directory / "faults.jsonl"
-        section = SamplerSection(num_workers=2, max_model_len=256, num_threads=1, timeout_seconds=8, slow_factor=0)
+        section = SamplerSection(num_workers=2, max_model_len=256, num_threads=1, timeout_seconds=25, slow_factor=0)
         self.samplers = SamplerPool(model, section, 0, report=FaultLog(directory))
         self.learner = TightGroup(
             LearnerSection(num_threads=1, row_length=256, max_tokens_per_microbatch=1024),
