@@ -22,10 +22,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from posttrain.dry_run import describe
 from posttrain.environments import build_environment
 from posttrain.errors import RunStopped
 from posttrain.pipeline_graph import build_graph
-from posttrain.plan import describe
 from posttrain.recipe import (
     DatasetSection,
     EnvironmentSection,

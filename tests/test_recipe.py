@@ -329,7 +329,7 @@ def test_dry_run_spells_out_the_batch(capsys: pytest.CaptureFixture[str], tmp_pa
 def test_the_plan_counts_parameters_as_torch_does() -> None:
     from data.chat import build_tokenizer
     from posttrain.model.load import build_policy
-    from posttrain.plan import TINY_VOCABULARY, _parameters, parameter_count
+    from posttrain.planning.shapes import TINY_VOCABULARY, model_parameters, parameter_count
 
     recipe = load_recipe(ROOT / "recipes/tiny/sft.yaml")
     assert isinstance(recipe, SftRecipe) and recipe.model.build is not None
@@ -340,7 +340,7 @@ def test_the_plan_counts_parameters_as_torch_does() -> None:
         policy = build_policy(build.model_dump(), tokenizer, seed=0)
         assert parameter_count(build, len(tokenizer)) == sum(p.numel() for p in policy.parameters())
     more = recipe.model.model_copy(update={"extra_characters": "零一"})
-    assert _parameters(more) == _parameters(recipe.model) + 2 * 2 * recipe.model.build.hidden_size
+    assert model_parameters(more) == model_parameters(recipe.model) + 2 * 2 * recipe.model.build.hidden_size
 
 
 def test_every_key_is_explained_where_its_section_is() -> None:

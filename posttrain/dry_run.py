@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
-import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from posttrain.architectures import ARCHITECTURES, Architecture
 from posttrain.distill_plan import distill_lines
+from posttrain.planning.quantities import size
+from posttrain.planning.shapes import model_parameters, read_config
 from posttrain.recipe import (
-    BuildSection,
     CheckpointSection,
     CriticSection,
     DatasetSection,
@@ -25,7 +22,6 @@ from posttrain.recipe import (
     ModelSection,
     PipelineRecipe,
     Recipe,
-    RecipeError,
     RewardModelRecipe,
     RouterSection,
     SamplerSection,
@@ -37,7 +33,6 @@ from posttrain.recipe import (
 from posttrain.recipe_file import stage_recipe
 from posttrain.sections import OptimizerSection, TrainerSection
 
-TINY_VOCABULARY = 107  # tokens of data.chat.build_tokenizer, which a built policy uses, without extra characters
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -86,97 +81,11 @@ def describe(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-# --- parameters -------------------------------------------------------------------------------------------------------
-
-
-def parameter_count(build: BuildSection, vocabulary: int) -> int:
-    """Parameters of a DeepSeek-V3 of that shape: embeddings and head, MLA, dense and expert MLPs, norms, router.
-
-    The router's correction bias is a buffer and not counted.
-    """
-    hidden, heads = build.hidden_size, build.num_attention_heads
-    query_dim = heads * (build.qk_nope_head_dim + build.qk_rope_head_dim)
-    if build.q_lora_rank is None:
-        query = hidden * query_dim
-    else:
-        query = hidden * build.q_lora_rank + build.q_lora_rank + build.q_lora_rank * query_dim
-    latent = hidden * (build.kv_lora_rank + build.qk_rope_head_dim) + build.kv_lora_rank
-    key_value = build.kv_lora_rank * heads * (build.qk_nope_head_dim + build.v_head_dim)
-    attention = query + latent + key_value + heads * build.v_head_dim * hidden
-    dense = 3 * hidden * build.intermediate_size
-    experts = build.n_routed_experts + build.n_shared_experts
-    sparse = 3 * hidden * build.moe_intermediate_size * experts + build.n_routed_experts * hidden
-    num_dense = build.first_k_dense_replace
-    layers = build.num_hidden_layers * (attention + 2 * hidden) + num_dense * dense
-    layers += (build.num_hidden_layers - num_dense) * sparse
-    return layers + 2 * vocabulary * hidden + hidden
-
-
-def checkpoint_parameters(path: Path) -> int | None:
-    """Parameters of a local checkpoint, from its safetensors headers; None where there are none.
-
-    Not counted: the router's correction bias, which is a buffer, and layers beyond config.json's num_hidden_layers
-    (DeepSeek-V3's multi-token prediction), which are not loaded.
-
-    Raises:
-        RecipeError: a file cannot be read.
-    """
-    path = path.expanduser()
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    num_layers = read_config(path).get("num_hidden_layers", math.inf) if files else math.inf
-    total = 0
-    for file in files:
-        for name, entry in _header(file).items():
-            layer = re.match(r"model\.layers\.(\d+)\.", name)
-            if layer and int(layer[1]) >= num_layers:
-                continue
-            if name != "__metadata__" and not name.endswith("e_score_correction_bias"):
-                total += math.prod(entry["shape"])
-    return total if files else None
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A checkpoint's config.json; empty where there is none.
-
-    Raises:
-        RecipeError: it is not JSON.
-    """
-    file = path.expanduser() / "config.json"
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"model.model_name_or_path: {file} is not readable as JSON ({error}); mend it") from None
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """What a safetensors file holds: name -> dtype, shape, place."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            return json.loads(stream.read(length))
-    except (struct.error, ValueError, OverflowError, MemoryError):
-        raise RecipeError(
-            f"model.model_name_or_path: {file} is not a whole safetensors file; copy the checkpoint again"
-        ) from None
-
-
-def _parameters(model: ModelSection) -> int | None:
-    if model.build is not None:
-        return parameter_count(model.build, TINY_VOCABULARY + len(model.extra_characters))
-    assert model.model_name_or_path is not None
-    known = ARCHITECTURES.get(model.model_name_or_path)
-    if known is not None and not Path(model.model_name_or_path).exists():
-        return known.parameters
-    return checkpoint_parameters(Path(model.model_name_or_path))
-
-
 # --- lines that stages share ------------------------------------------------------------------------------------------
 
 
 def _model(model: ModelSection) -> list[str]:
-    count = _parameters(model)
+    count = model_parameters(model)
     if model.build is not None:
         origin = "new DeepSeek-V3 with random weights"
     else:
@@ -191,11 +100,11 @@ def _model(model: ModelSection) -> list[str]:
 def _known(known: Architecture) -> list[str]:
     """What the shipped shape of a hub model says; a plan does not look on the hub."""
     need = known.parameters * 16
-    shares = ", ".join(f"{ranks}: {_size(need / ranks)}" for ranks in (8, 64, 512))
+    shares = ", ".join(f"{ranks}: {size(need / ranks)}" for ranks in (8, 64, 512))
     return [
         f"            by its shipped shape; {known.active_parameters:,} parameters active for a token, embeddings included",
-        f"            KV cache {_size(known.cache_bytes)} a token in bfloat16",
-        f"            16 bytes a parameter for training = {_size(need)}; by FSDP2 over ranks, each of {shares}",
+        f"            KV cache {size(known.cache_bytes)} a token in bfloat16",
+        f"            16 bytes a parameter for training = {size(need)}; by FSDP2 over ranks, each of {shares}",
     ]
 
 
@@ -316,28 +225,26 @@ def _memory(
     """Bytes per process; activations and the runtime itself (1 to 2 GB a process) come on top."""
     adapters = grpo is not None and grpo.lora is not None
     shares = grpo.learner.num_workers if grpo is not None and grpo.learner.parallel == "fsdp" else 1
-    count = _parameters(model)
+    count = model_parameters(model)
     if count is None:
         return ["memory      unknown until the checkpoint is here"]
     lines = []
     if trains:
         # float32 weights, gradients and AdamW's two moments, whatever the sampler's type: bfloat16 is autocast.
         own = count / shares
-        one = _size(own * 4)
+        one = size(own * 4)
         if adapters:
             lines.append(f"each learner {one}: weights; gradients and AdamW of the adapters only")
         else:
-            lines.append(f"each learner {_size(own * 16)}: weights {one}, gradients {one}, AdamW {_size(own * 8)}")
+            lines.append(f"each learner {size(own * 16)}: weights {one}, gradients {one}, AdamW {size(own * 8)}")
         if shares > 1:
-            lines.append(f"that is its share of {shares}; rank 0 gathers {_size(count * 4)} in main memory to publish")
+            lines.append(f"that is its share of {shares}; rank 0 gathers {size(count * 4)} in main memory to publish")
     if beta > 0 and not adapters:
-        lines.append(f"its reference {_size(count * 4 / shares)}: float32 weights")
+        lines.append(f"its reference {size(count * 4 / shares)}: float32 weights")
     if sampler is not None:
         weights, cache = count * _BYTES[model.dtype], int(sampler.kv_cache_gib * 2**30)
         on_gpu = f"{sampler.gpu_memory_utilization:.0%} of the memory on a GPU"
-        lines.append(
-            f"each sampler {_size(weights + cache)}: weights {_size(weights)}, KV cache {_size(cache)}; {on_gpu}"
-        )
+        lines.append(f"each sampler {size(weights + cache)}: weights {size(weights)}, KV cache {size(cache)}; {on_gpu}")
     lines.append("on top of it: activations, and 1 to 2 GB of runtime a process")
     return [f"memory      {lines[0]}", *(f"            {line}" for line in lines[1:])]
 
@@ -349,8 +256,8 @@ def _beside(recipe: GrpoRecipe) -> list[str]:
     critic = section and recipe.model.model_copy(
         update={"model_name_or_path": section.model_name_or_path or recipe.model.model_name_or_path}
     )
-    if critic and (count := _parameters(critic)):
-        lines.append(f"            each critic {_size(count * 16)}: as a learner")
+    if critic and (count := model_parameters(critic)):
+        lines.append(f"            each critic {size(count * 16)}: as a learner")
     return lines + _teacher_memory(recipe.model, recipe.teacher, "learner", "float32")
 
 
@@ -360,19 +267,10 @@ def _teacher_memory(
     if section is None:
         return []
     teacher = model.model_copy(update={"model_name_or_path": section.model_name_or_path, "build": None})
-    count = _parameters(teacher)
+    count = model_parameters(teacher)
     if count is None:
         return []
-    return [f"            its teacher {_size(count * _BYTES[dtype])} in each {place}: {dtype} weights"]
-
-
-def _size(num_bytes: float) -> str:
-    value = float(num_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:,.1f} TiB"
+    return [f"            its teacher {size(count * _BYTES[dtype])} in each {place}: {dtype} weights"]
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
