@@ -21,11 +21,13 @@ from operator import add, or_
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from posttrain.dispatch import Dispatcher, Finished
 from posttrain.errors import ParityError, RunStopped
 from posttrain.metrics import Metric, merge
 from posttrain.packing import pack
+from posttrain.placement import bundle, interface_of, require_room
 from posttrain.recipe import (
     AlgorithmSection,
     FaultsSection,
@@ -96,6 +98,46 @@ def session(address: str | None, num_cpus: float) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+# --- placement ------------------------------------------------------------------------------------------------------
+
+
+class _Places:
+    """Room for the workers of one role, as the recipe places them.
+
+    Attributes:
+        options: of each worker's actor.
+    """
+
+    def __init__(self, role: str, section: LearnerSection | SamplerSection, num_gpus: float) -> None:
+        count = section.num_workers
+        needed = bundle(section.num_cpus, num_gpus, section.resources)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        require_room(role, count, needed, section.placement, nodes)
+        reserved = {"num_cpus": section.num_cpus, "num_gpus": num_gpus, "resources": dict(section.resources)}
+        self.options: list[dict[str, Any]] = [dict(reserved) for _ in range(count)]
+        self._group = None
+        if section.placement == "any" or not needed:
+            return
+        self._group = ray.util.placement_group([needed] * count, strategy=section.placement.upper())
+        try:
+            ray.get(self._group.ready(), timeout=section.start_timeout_seconds)
+        except ray.exceptions.GetTimeoutError:
+            self.release()
+            raise RunStopped(
+                f"{role}.placement: {section.placement}: after {section.start_timeout_seconds:g} s the nodes have no free "
+                f"room for {count} workers of {needed}; end what runs there, or raise {role}.start_timeout_seconds"
+            ) from None
+        for index, options in enumerate(self.options):
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=index
+            )
+
+    def release(self) -> None:
+        """Give the room back."""
+        if self._group is not None:
+            ray.util.remove_placement_group(self._group)
 
 
 # --- samplers -------------------------------------------------------------------------------------------------------
@@ -202,15 +244,14 @@ class SamplerPool:
 
         faults, rollout = faults or FaultsSection(), rollout or RolloutSection()
         actor = ray.remote(_SamplerActor)
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+        self._places = _Places("sampler", section, 1 if ray.cluster_resources().get("GPU", 0) else 0)
         self._actors = [
             actor.options(
-                num_cpus=section.num_cpus,
-                num_gpus=gpus,
+                **options,
                 max_concurrency=_CALLS_AT_ONCE,
                 runtime_env={"env_vars": engine_environment(section.num_threads, section.kv_cache_gib)},
             ).remote(model, section, seed + index, faults, rollout)
-            for index in range(section.num_workers)
+            for index, options in enumerate(self._places.options)
         ]
         self._dispatcher = Dispatcher(_SamplerCalls(self._actors), section.max_num_seqs // rollout.num_generations)
         self._max_carries = rollout.max_carries
@@ -301,6 +342,7 @@ class SamplerPool:
         """End the engines and give back their memory."""
         for actor in self._actors:
             ray.kill(actor)
+        self._places.release()
 
 
 # --- learner --------------------------------------------------------------------------------------------------------
@@ -320,12 +362,19 @@ class _RankActor:
 
     def start(self, environment: dict[str, str], made_by: str, arguments: dict[str, Any]) -> str:
         os.environ.update(environment)
+        # Without it gloo takes the address of the host's name, which on many systems is one that other nodes cannot reach.
+        network = interface_of(ray.util.get_node_ip_address())
+        if network is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", network)
         import torch
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
         module, _, name = made_by.partition(":")
         self._model = getattr(import_module(module), name)(**arguments)
         return ray.get_runtime_context().get_node_id()
+
+    def sees(self, path: str) -> bool:
+        return os.path.exists(path)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._model, method)(*args, **kwargs)
@@ -361,11 +410,12 @@ class _RankGroup:
         threads = thread_environment(learner.num_threads)
         # torch reads its thread settings when it is imported, which unpickling may do before `start` runs.
         quiet = {**threads, "TOKENIZERS_PARALLELISM": "false"}
-        actor = ray.remote(_RankActor).options(
-            num_cpus=learner.num_cpus, num_gpus=gpus, runtime_env={"env_vars": quiet}
-        )
-        self._actors = [actor.remote() for _ in range(self.world_size)]
-        host, port = ray.get(self._actors[0].address.remote())
+        actor = ray.remote(_RankActor)
+        places = _Places("learner", learner, gpus)
+        self._actors = [
+            actor.options(**options, runtime_env={"env_vars": quiet}).remote() for options in places.options
+        ]
+        host, port = self._rendezvous(learner.start_timeout_seconds)
         starts = []
         for rank, handle in enumerate(self._actors):
             environment = dict(threads)
@@ -381,9 +431,32 @@ class _RankGroup:
             starts.append(handle.start.remote(environment, self.made_by, {"learner": learner, **arguments}))
         self._starts = starts
 
+    def _rendezvous(self, timeout: float) -> tuple[str, int]:
+        """Where the ranks meet: host of the first one and a port."""
+        try:
+            found: tuple[str, int] = ray.get(self._actors[0].address.remote(), timeout=timeout)
+        except ray.exceptions.GetTimeoutError:
+            raise RunStopped(
+                f"the first learner rank had no room for {timeout:g} s: end what else reserves the nodes, or raise "
+                f"learner.start_timeout_seconds"
+            ) from None
+        return found
+
     def wait_until_ready(self) -> list[str]:
         """Wait for the ranks. Returns the Ray node id of each."""
         return ray.get(self._starts)
+
+    def require_shared(self, directory: str) -> None:
+        """Refuse a run directory that the first rank, which writes checkpoints, does not see.
+
+        Raises:
+            RunStopped: it is on another node, and the directory on a disk of this one.
+        """
+        if not ray.get(self._actors[0].sees.remote(directory)):
+            raise RunStopped(
+                f"output_dir: {directory} is not there on the node of the first learner rank, which writes the checkpoints; "
+                f"give a directory on a file system that all nodes share"
+            )
 
     def optim_step(self) -> dict[str, Metric]:
         """Clip and step on every rank."""
