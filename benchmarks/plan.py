@@ -5,7 +5,8 @@
 First the machine's ceilings are measured: matrix products by size, elementwise passes, softmax, optimizer updates, SHA-256,
 and the memory of a process that has loaded everything and trains next to nothing. Then each case runs in a process of its own:
 a real `posttrain.learner.Learner` scores a batch, trains on it and takes an optimizer step, four times. The predictions come
-from the ceilings and the formulas of posttrain/planning alone. `--write` puts the table into docs/measured/plan.md and writes
+from the ceilings and the formulas of posttrain/planning; one number, what the allocator cannot use again, is taken from the
+memory of the case `medium`. `--write` puts the table into docs/measured/plan.md and writes
 the ceilings beside it, a file for `python -m posttrain.plan --hardware`.
 
 The last line is one JSON object: for each case what was predicted and measured.
@@ -36,6 +37,7 @@ from posttrain.threads import thread_environment
 ROOT = Path(__file__).parent.parent
 MEASURED = ROOT / "docs/measured"
 CEILINGS = MEASURED / "plan_cpu.yaml"
+FITTED = "medium"
 
 
 def run(threads: int, *words: str) -> Any:
@@ -45,7 +47,15 @@ def run(threads: int, *words: str) -> Any:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stdout[-2000:] + done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1], object_hook=_numbered)
+
+
+def _numbered(mapping: dict[str, Any]) -> dict[Any, Any]:
+    """JSON's keys are text; those that are sizes become numbers again, and figures are rounded."""
+    return {
+        int(key) if key.isdigit() else key: float(f"{value:.5g}") if isinstance(value, float) else value
+        for key, value in mapping.items()
+    }
 
 
 def predict(case: Case, hardware: Hardware) -> dict[str, float]:
@@ -60,6 +70,12 @@ def predict(case: Case, hardware: Hardware) -> dict[str, float]:
         updates=1,
     )
     return {"bytes": sum_bytes(memory(training, hardware)), "seconds": seconds}
+
+
+def gaps_of(case: Case, hardware: Hardware, measured: float) -> float:
+    """What the allocator leaves unusable, as a share of what a pass allocates: the one number that is fitted to a case."""
+    parts = {part.name: part.value for part in memory(case.training(), hardware)}
+    return max(0.0, measured - sum(parts.values())) / (parts["activations"] + parts["gradients in passing"])
 
 
 def table(found: dict[str, Any]) -> list[str]:
@@ -87,13 +103,19 @@ def main() -> int:
     options = parser.parse_args()
     given = options.ceilings
     ceilings = yaml.safe_load(Path(given).read_text()) if given else run(options.threads, "ceilings")
-    hardware = Hardware.model_validate(ceilings)
-    found = {}
+    measured = {}
     for name in options.cases:
         with tempfile.TemporaryDirectory() as directory:
-            measured = run(options.threads, "case", "--name", name, "--directory", directory)
-        found[name] = {"predicted": predict(CASES[name], hardware), "measured": measured}
-        print(table({name: found[name]})[-1], flush=True)
+            measured[name] = run(options.threads, "case", "--name", name, "--directory", directory)
+        print(name, measured[name], flush=True)
+    if not given and FITTED in measured:
+        ceilings["allocator_gaps"] = gaps_of(
+            CASES[FITTED], Hardware.model_validate(ceilings), measured[FITTED]["bytes"]
+        )
+    hardware = Hardware.model_validate(ceilings)
+    found = {
+        name: {"predicted": predict(CASES[name], hardware), "measured": figures} for name, figures in measured.items()
+    }
     print("\n".join(table(found)))
     if options.write:
         CEILINGS.write_text(yaml.safe_dump(ceilings, sort_keys=False))

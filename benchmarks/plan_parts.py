@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.plan_cases import CASES, Case
-from posttrain.planning.hardware import Hardware
+from posttrain.planning.hardware import Calibration, Hardware
 from posttrain.planning.learner import memory, sum_bytes
 from posttrain.recipe import (
     AlgorithmSection,
@@ -46,12 +46,23 @@ def seconds_of(call: Callable[[], Any], least: float = 0.05) -> float:
     return statistics.median(times)
 
 
-def matmul_gflops() -> dict[int, dict[int, float]]:
-    def rate(rows: int, width: int) -> float:
-        x, weight = torch.randn(rows, width), torch.randn(width, width)
-        return 2e-9 * rows * width * width / seconds_of(lambda: torch.nn.functional.linear(x, weight))
+Rates = dict[int, dict[int, float]]
 
-    return {rows: {width: rate(rows, width) for width in WIDTHS} for rows in ROWS}
+
+def matmul_gflops() -> tuple[Rates, Rates]:
+    """Of `linear` forward, and of its backward pass: the gradients of input and weight."""
+
+    def rates(rows: int, width: int) -> tuple[float, float]:
+        x, weight, gradient = torch.randn(rows, width), torch.randn(width, width), torch.randn(rows, width)
+        work = 2e-9 * rows * width * width
+        forward = seconds_of(lambda: torch.nn.functional.linear(x, weight))
+        return work / forward, 2 * work / seconds_of(lambda: (gradient @ weight, gradient.t() @ x))
+
+    found = {rows: {width: rates(rows, width) for width in WIDTHS} for rows in ROWS}
+    forward, backward = (
+        {rows: {width: pair[place] for width, pair in row.items()} for rows, row in found.items()} for place in (0, 1)
+    )
+    return forward, backward
 
 
 def pass_gbps() -> float:
@@ -61,13 +72,39 @@ def pass_gbps() -> float:
 
 
 def update_gbps() -> float:
-    a, b = torch.randn(32_000_000), torch.randn(32_000_000)  # beyond any cache
+    a, b = torch.randn(4_000_000), torch.randn(4_000_000)
     return 3 * a.nbytes * 1e-9 / seconds_of(lambda: a.add_(b, alpha=1e-6), 0.3)
 
 
-def softmax_gbps() -> float:
-    scores = torch.randn(16, 256, 256)
-    return 8 * 2 * scores.nbytes * 1e-9 / seconds_of(lambda: [scores.softmax(-1) for _ in range(8)], 0.3)
+def scores_ns(rates: Rates, backward_rates: Rates) -> tuple[float, float]:
+    """Nanoseconds of one attention score beside its products, forward and backward: mask, softmax and what checks them.
+
+    With values shorter than keys, as MLA has them, which sdpa's fused CPU kernel does not take.
+    """
+    rows, heads, width, keys, values = 4, 6, 256, 96, 32
+    q, k = (torch.randn(rows, heads, width, keys, requires_grad=True) for _ in range(2))
+    v = torch.randn(rows, heads, width, values, requires_grad=True)
+    hidden = torch.ones(width, width, dtype=torch.bool).tril().logical_not()
+    mask = torch.zeros(rows, 1, width, width).masked_fill_(hidden, torch.finfo(torch.float32).min)
+
+    def forward() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    with torch.no_grad():
+        alone = seconds_of(forward, 0.3)
+    both = seconds_of(lambda: forward().sum().backward(), 0.5)
+    count = rows * heads * width * width
+    plain = {"pass_gbps": 1, "update_gbps": 1, "scores_forward_ns": 1, "scores_backward_ns": 1, "operation_us": 1}
+    calibration = Calibration(matmul_gflops=rates, matmul_backward_gflops=backward_rates, **plain)
+
+    def products(backward: bool) -> float:
+        work = 2.0 * count * (2 if backward else 1)
+        return sum(
+            calibration.matmul_seconds(work * size, width, size, width, backward=backward) for size in (keys, values)
+        )
+
+    nano = 1e9 / count
+    return max(0.1, (alone - products(False)) * nano), max(0.1, (both - alone - products(True)) * nano)
 
 
 def operation_us() -> float:
@@ -99,11 +136,15 @@ def ceilings() -> dict[str, Any]:
         measured = run_case(LEAST, directory)
     bare = Hardware.model_validate(description(0.0, {}))
     runtime = measured["bytes"] - sum_bytes(memory(LEAST.training(), bare))
+    rates, backward_rates = matmul_gflops()
+    forward, backward = scores_ns(rates, backward_rates)
     calibration = {
-        "matmul_gflops": matmul_gflops(),
+        "matmul_gflops": rates,
+        "matmul_backward_gflops": backward_rates,
         "pass_gbps": pass_gbps(),
         "update_gbps": update_gbps(),
-        "softmax_gbps": softmax_gbps(),
+        "scores_forward_ns": forward,
+        "scores_backward_ns": backward,
         "operation_us": operation_us(),
     }
     return description(runtime * 1e-9, calibration)
@@ -132,11 +173,13 @@ def description(runtime_gb: float, calibration: dict[str, Any]) -> dict[str, Any
         "decode_efficiency": 1.0,
         "link_efficiency": 1.0,
         "layer_overhead_us": 0.0,
+        "allocator_gaps": 0.0,
         "sources": {
             "memory_gb": "/proc/meminfo",
             "tflops": f"{measured}; bfloat16 is taken to be no faster",
             "runtime_gb": f"{measured}: a learner of next to nothing",
             "sha256_gbps": measured,
+            "allocator_gaps": f"{measured}: glibc, on its case `medium`",
             **dict.fromkeys(("memory_gbps", "node_link_gbps", "network_gbps", "host_link_gbps"), f"{measured}: memory"),
             **dict.fromkeys(
                 ("training_efficiency", "prefill_efficiency", "decode_efficiency"), "rates are measured ones"
@@ -205,7 +248,7 @@ def samples_of(case: Case, vocabulary: int) -> list[Sample]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("part", choices=("ceilings", "build", "case"))
+    parser.add_argument("part", choices=("ceilings", "case"))
     parser.add_argument("--name", choices=list(CASES))
     parser.add_argument("--directory")
     parser.add_argument("--threads", type=int, default=1)

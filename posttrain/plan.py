@@ -15,14 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from posttrain.planning.hardware import load_hardware
 from posttrain.planning.plans import Plan, make_plan
 from posttrain.planning.splits import Chances, Measured, parse_splits, study
 from posttrain.planning.stages import DEFAULT_SIGMA, Assumptions, engine_of
-from posttrain.recipe import GrpoRecipe, PipelineRecipe, Recipe, RecipeError
+from posttrain.recipe import GrpoRecipe, ModelSection, PipelineRecipe, Recipe, RecipeError
 from posttrain.recipe_file import load_recipe, stage_recipe
 
 
@@ -158,11 +159,14 @@ def plans_of(recipe: Recipe, assumed: Assumptions) -> dict[str, Plan]:
         if isinstance(recipe, GrpoRecipe):
             refuse(assumed, "ranks", "steps")
         return {recipe.stage: make_plan(recipe, assumed)}
-    found = {}
+    found: dict[str, Plan] = {}
+    made: dict[Path, ModelSection] = {}
     for section in recipe.stages:
         stage = stage_recipe(section, recipe.run_dir)
         if stage.stage not in ("sft", "reward_model", "grpo"):
             continue
+        stage = stage.model_copy(update={"model": _as_made(stage.model, made)})
+        made[stage.run_dir] = stage.model
         try:
             found[section.name] = make_plan(stage, assumed)
         except RecipeError as error:
@@ -170,6 +174,15 @@ def plans_of(recipe: Recipe, assumed: Assumptions) -> dict[str, Plan]:
     if not found:
         raise RecipeError("stages: none of them trains a policy or a reward model, so there is nothing to plan")
     return found
+
+
+def _as_made(model: ModelSection, made: Mapping[Path, ModelSection]) -> ModelSection:
+    """A stage's model; where an earlier stage of the pipeline makes it, with the origin of that one's."""
+    for run_dir, earlier in made.items():
+        if model.model_name_or_path is not None and Path(model.model_name_or_path).is_relative_to(run_dir):
+            origin = ("model_name_or_path", "build", "extra_characters")
+            return model.model_copy(update={name: getattr(earlier, name) for name in origin})
+    return model
 
 
 def refuse(assumed: Assumptions, *names: str) -> None:

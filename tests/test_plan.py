@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.plan_cases import CASES
 from posttrain import plan
 from posttrain.architectures import ARCHITECTURES
 from posttrain.planning.activations import kept_by
 from posttrain.planning.hardware import load_hardware
 from posttrain.planning.kernels import backward_seconds, forward_seconds
-from posttrain.planning.learner import Training, memory, states
+from posttrain.planning.learner import Training, memory, states, sum_bytes
 from posttrain.planning.lengths import Lengths
 from posttrain.planning.plans import make_plan
 from posttrain.planning.sampler import Engine, generation_seconds
@@ -22,6 +26,7 @@ from posttrain.planning.stages import Assumptions
 from posttrain.planning.work import adapter_parameters, flops, flops_per_token, forward_products
 from posttrain.recipe import BuildSection, GrpoRecipe, ModelSection, RecipeError
 from posttrain.recipe_file import load_recipe
+from posttrain.threads import thread_environment
 
 ROOT = Path(__file__).parent.parent
 V3 = ARCHITECTURES["deepseek-ai/DeepSeek-V3"]
@@ -228,7 +233,7 @@ def test_the_plan_of_671b() -> None:
 )
 def test_a_warning_names_the_key_that_mends_it(broken: str, knob: str, cure: str) -> None:
     path = ROOT / "recipes/qwen3_30b_a3b/grpo.yaml"
-    wide = ("learner.max_tokens_per_microbatch=40960",) if "logits" in broken else ()
+    wide = ("learner.max_tokens_per_microbatch=20480",) if "logits" in broken else ()
 
     def complaints(*overrides: str) -> list[str]:
         made = make_plan(load_recipe(path, [*wide, *overrides]), assumed())
@@ -252,6 +257,23 @@ def test_a_plan_by_measured_ceilings(policy_path: Path, tmp_path: Path) -> None:
     assert shape is not None and shape.num_hidden_layers == 2 and shape.head_dim == 32
     text = made.text()
     assert "rates measured by benchmarks/plan.py" in text and "cost" in text
+
+
+def test_a_pipeline_is_planned_stage_by_stage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    # GRPO starts from what SFT is going to make, so its shape is known although there is no file yet.
+    assert (
+        plan.main(
+            ["recipes/tiny/quickstart.yaml", "output_dir=runs/never", "--hardware", "docs/measured/plan_cpu.yaml"]
+        )
+        == 0
+    )
+    text = capsys.readouterr().out
+    assert "1. sft\nplan        sft" in text and "2. grpo\nplan        grpo" in text
+    sizes = [line.split(": ")[1].split(" parameters")[0] for line in text.splitlines() if line.startswith("plan ")]
+    assert sizes == ["890K", "890K"]
 
 
 def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,6 +301,18 @@ def test_what_makes_no_plan_is_said_in_a_line(
     assert plan.main([str(ROOT / "recipes/deepseek_v3/grpo.yaml"), *words]) == 2
     said = capsys.readouterr().err
     assert message in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_memory_of_a_learner_is_what_the_plan_says(tmp_path: Path) -> None:
+    words = ("-m", "benchmarks.plan_parts", "case", "--name", "small", "--directory", str(tmp_path))
+    environment = {**os.environ, **thread_environment(1)}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    measured = json.loads(done.stdout.splitlines()[-1])["bytes"]
+    planned = memory(CASES["small"].training(), load_hardware(str(ROOT / "docs/measured/plan_cpu.yaml")))
+    assert sum_bytes(planned) == pytest.approx(measured, rel=0.1)
 
 
 def test_a_hardware_file_is_checked(tmp_path: Path) -> None:

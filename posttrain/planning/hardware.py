@@ -21,31 +21,33 @@ class Calibration(Section):
 
     Attributes:
         matmul_gflops: float32 operations per second of [rows, width] x [width, width] products: rows -> width -> 1e9/s.
+        matmul_backward_gflops: the same of the two products of its backward pass together.
         pass_gbps: bytes per second of an elementwise operation into fresh memory, read and written bytes together.
         update_gbps: the same in place, as an optimizer works.
-        softmax_gbps: the same of a softmax over attention scores.
+        scores_forward_ns, scores_backward_ns: of one attention score beside its products: mask, softmax and their checks.
         operation_us: what one call of a kernel costs however little it does, forward pass.
     """
 
     matmul_gflops: Mapping[int, Mapping[int, Positive]]
+    matmul_backward_gflops: Mapping[int, Mapping[int, Positive]]
     pass_gbps: Positive
     update_gbps: Positive
-    softmax_gbps: Positive
+    scores_forward_ns: Positive
+    scores_backward_ns: Positive
     operation_us: Positive
 
-    def matmul_seconds(self, flops: float, rows: float, inner: float, outer: float) -> float:
+    def matmul_seconds(self, flops: float, rows: float, inner: float, outer: float, *, backward: bool = False) -> float:
         """Of products of so many rows; the rate is interpolated between the measured sizes.
 
         Args:
             flops: of all of them together.
-            rows: of one product.
+            rows: of one product, or of the forward product that a backward one belongs to.
             inner, outer: sizes of its matrix, which counts as a square one of as many numbers.
+            backward: at the rate of backward passes.
         """
-        return flops / (1e9 * self._rate(rows, math.sqrt(inner * outer)))
-
-    def _rate(self, rows: float, width: float) -> float:
-        by_rows = {at: _between(dict(rates), width) for at, rates in self.matmul_gflops.items()}
-        return _between(by_rows, rows)
+        rates = self.matmul_backward_gflops if backward else self.matmul_gflops
+        width = math.sqrt(inner * outer)
+        return flops / (1e9 * _between({at: _between(dict(row), width) for at, row in rates.items()}, rows))
 
 
 class Hardware(Section):
@@ -67,6 +69,7 @@ class Hardware(Section):
     decode_efficiency: Fraction = 0.5
     link_efficiency: Fraction = 0.8
     layer_overhead_us: NonNegative = 20.0
+    allocator_gaps: NonNegative = 0.0  # of what a pass allocates and frees, so much stays unusable between other blocks
     sources: Mapping[str, str] = Field(default_factory=dict)
     calibration: Calibration | None = None
 

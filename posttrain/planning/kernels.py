@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from posttrain.planning.activations import layers_of
 from posttrain.planning.hardware import Calibration
-from posttrain.planning.learner import Training, passes_bytes, scores_bytes
+from posttrain.planning.learner import Training, number_of_scores, passes_bytes
 from posttrain.planning.work import Product
 
-# Each number that is kept was written and is read again by the operation after it, and about half as many again are not kept.
-FORWARD_PASSES = 3.0
-# What is kept is read, its gradient written and read, and where two paths meet gradients are added.
-BACKWARD_PASSES = 6.0
-# A score is written by the product, read and written by the mask's sum and by the softmax; backwards the softmax reads two
-# and writes one, the products read and write one each.
-SCORES_FORWARD = 5.0
-SCORES_BACKWARD = 6.0
+# Reads and writes of numbers for each one that is kept: a norm makes 7 for 3 that it keeps, `silu(gate) * up` 5 for 4, the
+# gather, weighting and sum of experts 9 for 2, and the gathering of heads some more.
+FORWARD_PASSES = 4.0
+# A product of two tensors reads three and writes two, a weight that was broadcast is summed over all tokens, and where paths
+# meet gradients are added.
+BACKWARD_PASSES = 9.0
 # AdamW one tensor at a time: moments 3 + 3, square root 2, division 2, epsilon 2, update 4; the norm of the gradients and
 # their scaling 3.
 UPDATE_PASSES = 19.0
@@ -33,7 +31,7 @@ def forward_seconds(training: Training, rates: Calibration) -> float:
     return (
         sum(_seconds(product, rates) for product in training.products())
         + FORWARD_PASSES * passes_bytes(training) / (rates.pass_gbps * 1e9)
-        + (SCORES_FORWARD * scores_bytes(training) / (rates.softmax_gbps * 1e9) if training.scores else 0.0)
+        + (number_of_scores(training) * rates.scores_forward_ns * 1e-9 if training.scores else 0.0)
         + LOGITS_PASSES * _logits_bytes(training) / (rates.pass_gbps * 1e9)
         + _operations(training) * rates.operation_us * 1e-6
     )
@@ -44,10 +42,10 @@ def backward_seconds(training: Training, rates: Calibration) -> float:
     head = [product for product in training.products() if product.group == "head"]
     again = sum(_seconds(product, rates) for product in head) if training.logits_chunk is not None else 0.0
     seconds = (
-        2 * sum(_seconds(product, rates) for product in training.products())
+        sum(_seconds(product, rates, backward=True) for product in training.products())
         + again
         + BACKWARD_PASSES * passes_bytes(training) / (rates.pass_gbps * 1e9)
-        + (SCORES_BACKWARD * scores_bytes(training) / (rates.softmax_gbps * 1e9) if training.scores else 0.0)
+        + (number_of_scores(training) * rates.scores_backward_ns * 1e-9 if training.scores else 0.0)
         + LOGITS_PASSES * _logits_bytes(training) / (rates.pass_gbps * 1e9)
         + 2 * _operations(training) * rates.operation_us * 1e-6
         + ACCUMULATE_PASSES * training.trained_parameters * 4 / training.share / (rates.update_gbps * 1e9)
@@ -60,8 +58,9 @@ def update_seconds(training: Training, rates: Calibration) -> float:
     return UPDATE_PASSES * training.trained_parameters * 4 / training.share / (rates.update_gbps * 1e9)
 
 
-def _seconds(product: Product, rates: Calibration) -> float:
-    return rates.matmul_seconds(product.flops, product.rows, product.inner, product.outer)
+def _seconds(product: Product, rates: Calibration, *, backward: bool = False) -> float:
+    work = 2 * product.flops if backward else product.flops
+    return rates.matmul_seconds(work, product.rows, product.inner, product.outer, backward=backward)
 
 
 def _logits_bytes(training: Training) -> float:

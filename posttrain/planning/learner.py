@@ -9,7 +9,7 @@ from posttrain.architectures import Architecture
 from posttrain.planning.activations import kept_by, layers_of
 from posttrain.planning.hardware import Hardware
 from posttrain.planning.quantities import Quantity, count
-from posttrain.planning.work import Product, flops, forward_products, key_dim, layer_parameters
+from posttrain.planning.work import Product, flops, forward_products, layer_parameters
 
 _LOGITS_COPIES = 3  # logits, their softmax, their gradient
 
@@ -80,7 +80,9 @@ class Training:
 
 def memory(training: Training, hardware: Hardware) -> list[Quantity]:
     """Bytes of one rank at its fullest: a backward pass after the first step, before anything is let go."""
-    return [*states(training), *_passing(training), _runtime(hardware)]
+    passing = _passing(training)
+    held = [*states(training), *passing, _gaps(passing, hardware), _runtime(hardware)]
+    return held if hardware.calibration is None else [*held, _mapped(training)]
 
 
 def states(training: Training) -> list[Quantity]:
@@ -230,6 +232,25 @@ def _casts(training: Training) -> Quantity:
     )  # fmt: skip
 
 
+def _gaps(passing: Sequence[Quantity], hardware: Hardware) -> Quantity:
+    """What the allocator cannot use again between blocks that stay."""
+    freed = sum(part.value for part in passing if part.name in ("activations", "gradients in passing"))
+    return Quantity(
+        "allocator gaps", hardware.allocator_gaps * freed, "bytes",
+        f"{hardware.allocator_gaps:g} x activations and gradients in passing", hardware.source("allocator_gaps"),
+    )  # fmt: skip
+
+
+def _mapped(training: Training) -> Quantity:
+    """On a CPU: pages of checkpoint files that stay mapped after loading, and count as memory of the process."""
+    models, parameters = 1 + training.frozen, training.shape.parameters
+    return Quantity(
+        "checkpoint files, mapped", models * parameters * 4.0, "bytes",
+        f"{models} model(s) x {count(parameters)} parameters x 4",
+        "safetensors maps files; some weights stay where they are, and their file with them",
+    )  # fmt: skip
+
+
 def _runtime(hardware: Hardware) -> Quantity:
     return Quantity(
         "runtime", hardware.runtime_gb * 1e9, "bytes", f"{hardware.runtime_gb:g} GB", hardware.source("runtime_gb")
@@ -260,10 +281,10 @@ def passes_bytes(training: Training) -> float:
     return numbers * training.tokens * 4
 
 
-def scores_bytes(training: Training) -> float:
-    """Bytes of all attention scores of one forward pass."""
+def number_of_scores(training: Training) -> float:
+    """Attention scores of one forward pass: a number for each head, query and key."""
     layers = training.shape.num_hidden_layers
-    return 4.0 * layers * training.shape.num_attention_heads * training.tokens * training.width
+    return float(layers * training.shape.num_attention_heads * training.tokens * training.width)
 
 
 def communication(training: Training, microbatches: float, optimizer_steps: float) -> tuple[float, str]:
@@ -278,11 +299,6 @@ def communication(training: Training, microbatches: float, optimizer_steps: floa
         )
     sent = 2 * 4 * training.trained_parameters * share * optimizer_steps
     return sent, f"{optimizer_steps:g} optimizer steps x 2 (ring all-reduce) x {count(training.trained_parameters)} x 4"
-
-
-def key_width(training: Training) -> int:
-    """Numbers of one head's query, key and value."""
-    return 2 * key_dim(training.shape) + training.shape.head_dim
 
 
 def sum_bytes(parts: Sequence[Quantity]) -> float:

@@ -63,6 +63,12 @@ class Lengths:
         """So many lengths that stand for the distribution, ascending."""
         return [max(1, round(self._at(self._mu, share))) for share in _shares(count)]
 
+    def typical(self, count: int) -> list[int]:
+        """So many lengths in an order by chance, always the same."""
+        found = self.quantiles(count)
+        random.Random(0).shuffle(found)
+        return found
+
     def draw(self, random_source: random.Random) -> int:
         """One length by chance."""
         return max(1, round(self._at(self._mu, min(max(random_source.random(), 1e-12), 1 - 1e-12))))

@@ -34,6 +34,7 @@ class Setting:
         engines: of the samplers.
         slots: sequences that one decodes together.
         step_seconds: of a decoding step, by the sequences in it and their mean length so far.
+        prefill_seconds: for an engine to read one prompt; what it decodes waits meanwhile.
         lengths: of completions.
         prompt_tokens: of a prompt.
         samples: completions of a step.
@@ -59,6 +60,7 @@ class Setting:
     learning_seconds: float
     publication_seconds: float
     reward_seconds: float = 0.0
+    prefill_seconds: float = 0.0
     max_lag: int = 0
     in_flight: bool = False
     steps: int = 20
@@ -262,6 +264,7 @@ class _Run:
         since = seconds = 0.0
         while True:
             try:
+                before = len(running)
                 while self.backlog and len(running) < setting.slots:
                     length = self.backlog.popleft()
                     heapq.heappush(running, _Sequence(step + length, length, self.version))
@@ -274,6 +277,7 @@ class _Run:
                 end = heapq.nsmallest(max(1, batch // _REPORTS), running)[-1].end
                 since, steps = self.env.now, end - step
                 seconds = steps * setting.step_seconds(batch, tokens / batch + steps / 2)
+                seconds += (batch - before) * setting.prefill_seconds
                 seconds *= setting.straggler_factor if index in self.slow else 1.0
                 try:
                     yield self.env.timeout(seconds)

@@ -130,9 +130,8 @@ def setting_of(
         learning = measured.learning * recipe.learner.num_workers / learners
         publication, rest = measured.publication, measured.rest
         own = max(1, recipe.sampler.num_workers // engine.gpus)
-        planned = generation_seconds(
-            engine, lengths.quantiles(-(-recipe.samples_per_step // own)), assumed.prompt_tokens
-        )
+        typical = lengths.typical(-(-recipe.samples_per_step // own))
+        planned = generation_seconds(engine, typical, assumed.prompt_tokens)
         speed = measured.generation / planned
     mtbf = chances.mtbf_hours * 3600 if chances.mtbf_hours else None
     per_node = assumed.hardware.gpus_per_node
@@ -140,6 +139,7 @@ def setting_of(
         engines=engines,
         slots=slots,
         step_seconds=lambda batch, context: speed * engine.step_seconds(batch, context),
+        prefill_seconds=speed * engine.prefill_seconds(assumed.prompt_tokens, 1),
         lengths=lengths,
         prompt_tokens=assumed.prompt_tokens,
         samples=recipe.samples_per_step,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import dataclass
 
 from posttrain.planning.hardware import Hardware
@@ -142,9 +141,7 @@ def _flops(
 
 def _generation(engine: Engine, engines: int, batch: Batch, lengths: Lengths, prompt_tokens: int) -> Quantity:
     each = math.ceil(batch.samples / engines)
-    drawn = lengths.quantiles(each)
-    random.Random(0).shuffle(drawn)
-    seconds = generation_seconds(engine, drawn, prompt_tokens)
+    seconds = generation_seconds(engine, lengths.typical(each), prompt_tokens)
     slots = engine.sequences(prompt_tokens + lengths.mean)
     batch_size = max(1, min(slots, each))
     hardware = engine.hardware
