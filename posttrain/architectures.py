@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A DeepSeek-V3, Qwen3-MoE or Qwen2 and what follows from its shape."""
+    """A decoder of one of the known kinds and what follows from its shape."""
 
-    model_type: str  # deepseek_v3, qwen3_moe, qwen2
+    model_type: str  # deepseek_v3, qwen3_moe, qwen3, qwen2, mixtral, mistral, llama
     vocab_size: int
     hidden_size: int
     intermediate_size: int  # of dense layers
@@ -44,7 +44,8 @@ class Architecture:
             up = self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.head_dim)
             return down + latent + up + heads * self.head_dim * hidden
         queries, keys = heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        extra = 2 * self.head_dim if self.model_type == "qwen3_moe" else queries + 2 * keys  # norms; biases
+        norms = 2 * self.head_dim if self.model_type in ("qwen3", "qwen3_moe") else 0
+        extra = norms + (queries + 2 * keys if self.model_type == "qwen2" else 0)  # biases
         return 2 * hidden * queries + 2 * hidden * keys + extra
 
     def _count(self, experts: int) -> int:

@@ -23,12 +23,12 @@ from typing import Any
 
 from posttrain import restarts
 from posttrain.disk import is_full
+from posttrain.dry_run import describe
 from posttrain.environments import build_environment
 from posttrain.errors import EXIT_TRY_AGAIN, RunInterrupted, RunStopped
 from posttrain.flight_recorder import recording
 from posttrain.interrupt import reader_has_left, sigterm_interrupts
 from posttrain.pipeline_graph import build_graph
-from posttrain.plan import describe
 from posttrain.recipe import (
     DatasetSection,
     EnvironmentSection,

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from posttrain.dispatch import Dispatcher, Finished, SamplerLost
 from posttrain.errors import EXIT_TRY_AGAIN, RunInterrupted, RunStopped
@@ -41,6 +42,7 @@ from posttrain.health import Pulse
 from posttrain.memory import is_out_of_memory
 from posttrain.metrics import Metric, merge
 from posttrain.packing import pack
+from posttrain.placement import bundle, interface_of, require_room
 from posttrain.process_logs import gather, point_to
 from posttrain.ray_network import CLUSTER_SWITCH, LOOPBACK, is_loopback, require_closed
 from posttrain.recipe import (
@@ -204,14 +206,15 @@ def _raylet() -> int | None:
     return None
 
 
-def _get(calls: Any, who: str) -> Any:
+def _get(calls: Any, who: str, timeout: float | None = None) -> Any:
     """What actors answer that the run cannot do without.
 
     Raises:
         RunInterrupted: one of them is gone.
+        ray.exceptions.GetTimeoutError: no answer for so many seconds.
     """
     try:
-        return ray.get(calls)
+        return ray.get(calls, timeout=timeout)
     except _LOSSES as error:
         raise RunInterrupted(
             f"{who} was lost: {_first_line(error)} (its log: Ray's session directory); go on from the last checkpoint with "
@@ -221,6 +224,46 @@ def _get(calls: Any, who: str) -> Any:
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+# --- placement ------------------------------------------------------------------------------------------------------
+
+
+class _Places:
+    """Room for the workers of one role, as the recipe places them.
+
+    Attributes:
+        options: of each worker's actor.
+    """
+
+    def __init__(self, role: str, section: LearnerSection | SamplerSection, num_gpus: float) -> None:
+        count = section.num_workers
+        needed = bundle(section.num_cpus, num_gpus, section.resources)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        require_room(role, count, needed, section.placement, nodes)
+        reserved = {"num_cpus": section.num_cpus, "num_gpus": num_gpus, "resources": dict(section.resources)}
+        self.options: list[dict[str, Any]] = [dict(reserved) for _ in range(count)]
+        self._group = None
+        if section.placement == "any" or not needed:
+            return
+        self._group = ray.util.placement_group([needed] * count, strategy=section.placement.upper())
+        try:
+            ray.get(self._group.ready(), timeout=section.start_timeout_seconds)
+        except ray.exceptions.GetTimeoutError:
+            self.release()
+            raise RunStopped(
+                f"{role}.placement: {section.placement}: after {section.start_timeout_seconds:g} s the nodes have no free "
+                f"room for {count} workers of {needed}; end what runs there, or raise {role}.start_timeout_seconds"
+            ) from None
+        for index, options in enumerate(self.options):
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=index
+            )
+
+    def release(self) -> None:
+        """Give the room back."""
+        if self._group is not None:
+            ray.util.remove_placement_group(self._group)
 
 
 # --- samplers -------------------------------------------------------------------------------------------------------
@@ -325,20 +368,21 @@ def noisy(tensor: Any, deviation: float) -> Any:
 class _SamplerWorkers:
     """What a `Fleet` asks of Ray."""
 
-    def __init__(self, section: SamplerSection, start: Callable[[Any, int, bool], Any]) -> None:
+    def __init__(
+        self, section: SamplerSection, options: Sequence[Mapping[str, Any]], start: Callable[[Any, int, bool], Any]
+    ) -> None:
         from posttrain.sampler import engine_environment
 
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-        self._start = start
-        self._actor = ray.remote(_SamplerActor).options(
-            num_cpus=section.num_cpus,
-            num_gpus=gpus,
-            max_concurrency=_CALLS_AT_ONCE,
-            runtime_env={"env_vars": engine_environment(section.num_threads, section.kv_cache_gib)},
-        )
+        self._start, self._options = start, options
+        self._environment = engine_environment(section.num_threads, section.kv_cache_gib)
 
-    def start(self, number: int, *, replaces: bool) -> Any:
-        return self._start(self._actor, number, replaces)
+    def start(self, number: int, place: int, *, replaces: bool) -> Any:
+        actor = ray.remote(_SamplerActor).options(
+            **self._options[place],
+            max_concurrency=_CALLS_AT_ONCE,
+            runtime_env={"env_vars": self._environment},
+        )
+        return self._start(actor, number, replaces)
 
     def call(self, worker: Any, method: str, *arguments: Any) -> Future[Any]:
         answer: Future[Any] = Future()
@@ -413,7 +457,9 @@ class SamplerPool:
             source = (origin or model) if replaces else model
             return actor.remote(source, section, seed + number, faults, rollout)
 
-        self.fleet = Fleet(_SamplerWorkers(section, start), section, report or FaultLog())
+        self._places = _Places("sampler", section, 1 if ray.cluster_resources().get("GPU", 0) else 0)
+        workers = _SamplerWorkers(section, self._places.options, start)
+        self.fleet = Fleet(workers, section, report or FaultLog())
         self._dispatcher = Dispatcher(_SamplerCalls(self.fleet), section.max_num_seqs // rollout.num_generations)
         self._max_carries = rollout.max_carries
         self._in_flight_updates = rollout.in_flight_updates
@@ -494,6 +540,7 @@ class SamplerPool:
         self.close()
         for worker in self.fleet.workers():
             ray.kill(worker)
+        self._places.release()
 
 
 # --- learner --------------------------------------------------------------------------------------------------------
@@ -513,6 +560,10 @@ class _RankActor:
 
     def start(self, environment: dict[str, str], made_by: str, arguments: dict[str, Any]) -> str:
         os.environ.update(environment)
+        # Without it gloo takes the address of the host's name, which on many systems is one that other nodes cannot reach.
+        network = interface_of(ray.util.get_node_ip_address())
+        if network is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", network)
         import torch
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
@@ -527,6 +578,9 @@ class _RankActor:
         module, _, name = made_by.partition(":")
         self._model = getattr(import_module(module), name)(**arguments)
         return ray.get_runtime_context().get_node_id()
+
+    def sees(self, path: str) -> bool:
+        return os.path.exists(path)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._model, method)(*args, **kwargs)
@@ -565,11 +619,12 @@ class _RankGroup:
         threads = thread_environment(learner.num_threads)
         # torch reads its thread settings when it is imported, which unpickling may do before `start` runs.
         quiet = {**threads, "TOKENIZERS_PARALLELISM": "false"}
-        actor = ray.remote(_RankActor).options(
-            num_cpus=learner.num_cpus, num_gpus=gpus, runtime_env={"env_vars": quiet}
-        )
-        self._actors = [actor.remote() for _ in range(self.world_size)]
-        host, port = _get(self._actors[0].address.remote(), self._who)
+        actor = ray.remote(_RankActor)
+        places = _Places("learner", learner, gpus)
+        self._actors = [
+            actor.options(**options, runtime_env={"env_vars": quiet}).remote() for options in places.options
+        ]
+        host, port = self._rendezvous(learner.start_timeout_seconds)
         meeting = Path(tempfile.gettempdir()) / f"posttrain-ranks-{uuid.uuid4().hex}"
         starts = []
         for rank, handle in enumerate(self._actors):
@@ -587,10 +642,33 @@ class _RankGroup:
             starts.append(handle.start.remote(environment, self.made_by, {"learner": learner, **arguments}))
         self._starts = starts
 
+    def _rendezvous(self, timeout: float) -> tuple[str, int]:
+        """Where the ranks meet: host of the first one and a port."""
+        try:
+            found: tuple[str, int] = _get(self._actors[0].address.remote(), self._who, timeout)
+        except ray.exceptions.GetTimeoutError:
+            raise RunStopped(
+                f"the first learner rank had no room for {timeout:g} s: end what else reserves the nodes, or raise "
+                f"learner.start_timeout_seconds"
+            ) from None
+        return found
+
     def wait_until_ready(self) -> list[str]:
         """Wait for the ranks. Returns the Ray node id of each."""
         nodes: list[str] = _get(self._starts, self._who)
         return nodes
+
+    def require_shared(self, directory: str) -> None:
+        """Refuse a run directory that the first rank, which writes checkpoints, does not see.
+
+        Raises:
+            RunStopped: it is on another node, and the directory on a disk of this one.
+        """
+        if not ray.get(self._actors[0].sees.remote(directory)):
+            raise RunStopped(
+                f"output_dir: {directory} is not there on the node of the first learner rank, which writes the checkpoints; "
+                f"give a directory on a file system that all nodes share"
+            )
 
     def optim_step(self) -> dict[str, Metric]:
         """Clip and step on every rank."""

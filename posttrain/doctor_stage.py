@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from posttrain.cli import check_recipe
 from posttrain.doctor_machine import GIB, Finding, gpus, memory
-from posttrain.plan import model_parameters
+from posttrain.planning.shapes import model_parameters
 from posttrain.recipe import (
     DistillRecipe,
     EvalRecipe,

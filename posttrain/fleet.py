@@ -37,8 +37,8 @@ Canary = Sequence[tuple[int, ...]]
 class Workers(Protocol):
     """What a fleet asks of the cluster."""
 
-    def start(self, number: int, *, replaces: bool) -> Any:
-        """Start a worker, and return at once."""
+    def start(self, number: int, place: int, *, replaces: bool) -> Any:
+        """Start a worker at one of `num_workers` places, and return at once."""
 
     def call(self, worker: Any, method: str, *arguments: Any) -> Future[Any]:
         """A method of `posttrain.cluster._SamplerActor`. Raises SamplerLost there if the worker is gone."""
@@ -80,7 +80,7 @@ class Fleet:
         for place in range(section.num_workers):
             number = next(self._numbers)
             self._place[number] = place
-            self._live[number] = workers.start(number, replaces=False)
+            self._live[number] = workers.start(number, place, replaces=False)
             self._calls[number] = set()
             self._admitted.append(number)
 
@@ -311,7 +311,7 @@ class Fleet:
         while not self._closed.is_set():
             self._workers.end(worker)
             number = next(self._numbers)
-            worker = self._workers.start(number, replaces=True)
+            worker = self._workers.start(number, place, replaces=True)
             try:
                 self._workers.call(worker, "ready").result(self._section.start_timeout_seconds)
                 self._welcome(number, place, worker)

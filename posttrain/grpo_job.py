@@ -389,10 +389,12 @@ def start(recipe: GrpoRecipe, *, resume: bool, allow_change: Sequence[str] = ())
         audit = RewardAudit(recipe.audit, verifier.score, recipe.seed) if recipe.audit and verifier else None
         breaker = Breaker(recipe.breaker) if recipe.breaker else None
         best = BestCheckpoint() if recipe.checkpoint.keep_best else None
-        learner.wait_until_ready()
+        nodes = {"learner": learner.wait_until_ready()}
+        learner.require_shared(str(run_dir.path.resolve()))
         if critic is not None:
-            critic.wait_until_ready()
-        samplers.wait_until_ready()
+            nodes["critic"] = critic.wait_until_ready()
+        nodes["sampler"] = samplers.wait_until_ready()
+        run_dir.write_environment(recipe.seed, nodes=nodes)
         canary = canary_sequences(
             len(tokenizer), recipe.parity.canary_sequences, recipe.parity.canary_length, recipe.seed
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from posttrain.sections import (
     CheckpointSection,
@@ -13,8 +13,10 @@ from posttrain.sections import (
     NonNegativeInt,
     Number,
     OptimizerSection,
+    Placement,
     Positive,
     PositiveInt,
+    Resources,
     Section,
 )
 
@@ -31,6 +33,9 @@ class LearnerSection(Section):
     parallel: Literal["ddp", "fsdp"] = "ddp"  # every rank holds the policy, or its share of it (FSDP2)
     offload_optimizer: bool = False  # optimizer state in main memory but for the step itself; needs a GPU
     offload_reference: bool = False  # reference and teacher in main memory but for scoring; needs a GPU
+    start_timeout_seconds: Positive = 300  # how long to wait for room on the cluster
+    resources: Resources = Field(default_factory=dict)  # that nodes were started with and one rank reserves
+    placement: Placement = "any"  # of the ranks on the nodes: see docs/scale.md
 
     @model_validator(mode="after")
     def _row_fits(self) -> LearnerSection:

@@ -41,9 +41,16 @@ def shard(scorer: TokenScorer, accelerator: Accelerator) -> None:
     # False also where there is no backward pass: see `release`.
     fully_shard(scorer, mesh=mesh, reshard_after_forward=False)
     if accelerator.mixed_precision == "bf16":
-        # As accelerate does for DDP, so that both compute the same: weights in float32, products in bfloat16.
-        autocast = torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
-        scorer.forward = autocast(scorer.forward)  # type: ignore[method-assign]
+        scorer.forward = in_bfloat16(scorer.forward, accelerator.device.type)  # type: ignore[method-assign]
+
+
+def in_bfloat16(forward: Any, device_type: str) -> Any:
+    """As accelerate does for DDP, so that both compute the same: weights in float32, products in bfloat16.
+
+    Without autocast's cache, which would hold copies of all gathered layers to the end of the forward pass: the whole policy
+    on every rank.
+    """
+    return torch.autocast(device_type, dtype=torch.bfloat16, cache_enabled=False)(forward)
 
 
 def release(scorer: torch.nn.Module) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from posttrain.dry_run import describe
 from posttrain.errors import RunStopped
 from posttrain.fingerprints import Digests
 from posttrain.pipeline_graph import Stage, build_graph, needed_by
 from posttrain.pipeline_progress import Timings, time_left
-from posttrain.plan import describe
 from posttrain.recipe import PipelineRecipe, Recipe, RecipeError
 from posttrain.recipe_file import nearest
 from posttrain.stage_records import judge, missing_outputs, read_record, stale_directories

@@ -1,497 +1,208 @@
-"""`--dry-run`: what a recipe would do, in words and numbers. Imports no torch."""
+"""What a recipe will need, on paper: memory, time, GPUs, hours and cost, every number with its formula and source.
+
+    python -m posttrain.plan recipe.yaml [key.path=value ...] [--hardware h100] [--price 2.5] [--mean-length 8000]
+    python -m posttrain.plan recipe.yaml --simulate [--splits 128:384,256:256] [--lags 0,1,2]
+
+Nothing is downloaded, looked up or started: shapes come from the recipe, from posttrain/architectures.py or from a local
+config.json; ceilings from posttrain/planning/hardware.yaml or a file that benchmarks/plan.py wrote. `--simulate` plays
+samplers, learner, stragglers and failures as discrete events. How far plans are from measurements is in docs/measured/plan.md.
+
+Exit codes: 0; 2 for a recipe or an option that makes no plan.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import math
-import re
-import struct
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from posttrain.architectures import ARCHITECTURES, Architecture
-from posttrain.distill_plan import distill_lines
-from posttrain.recipe import (
-    BuildSection,
-    CheckpointSection,
-    CriticSection,
-    DatasetSection,
-    DistillRecipe,
-    EnvironmentSection,
-    EvalRecipe,
-    EvalSection,
-    GrpoRecipe,
-    ModelSection,
-    PipelineRecipe,
-    Recipe,
-    RecipeError,
-    RewardModelRecipe,
-    RouterSection,
-    SamplerSection,
-    SftRecipe,
-    SftTeacherSection,
-    TeacherSection,
-    UpcycleRecipe,
-)
-from posttrain.recipe_file import stage_recipe
-from posttrain.sections import OptimizerSection, TrainerSection
-
-TINY_VOCABULARY = 107  # tokens of data.chat.build_tokenizer, which a built policy uses, without extra characters
-MOST_HEADER = 100_000_000  # bytes of a safetensors header, as the format says
-_BYTES = {"float32": 4, "bfloat16": 2}
+from posttrain.planning.hardware import load_hardware
+from posttrain.planning.plans import Plan, make_plan
+from posttrain.planning.splits import Chances, Measured, parse_splits, study
+from posttrain.planning.stages import DEFAULT_SIGMA, Assumptions, engine_of
+from posttrain.recipe import GrpoRecipe, ModelSection, PipelineRecipe, Recipe, RecipeError
+from posttrain.recipe_file import load_recipe, stage_recipe
 
 
-def describe(recipe: Recipe) -> str:
-    """The plan as text, one fact a line.
-
-    Raises:
-        RecipeError: a local checkpoint, or a pipeline's stage, cannot be read.
-    """
-    lines = [f"stage       {recipe.stage}", f"writes to   {recipe.run_dir}", f"seed        {recipe.seed}"]
-    if isinstance(recipe, GrpoRecipe):
-        lines += _model(recipe.model) + _grpo_trained(recipe) + _data(recipe.datasets) + _grpo(recipe)
-        lines += _eval(recipe.eval, recipe.environment)
-        lines += _checkpoints(recipe.checkpoint, first="after the first step, ")
-        lines += _memory(recipe.model, recipe.sampler, trains=True, beta=recipe.algorithm.beta, grpo=recipe)
-        lines += _beside(recipe)
-    elif isinstance(recipe, SftRecipe):
-        lines += _model(recipe.model) + _sft_trained(recipe) + _data(recipe.datasets) + _sft(recipe)
-        lines += _eval(recipe.eval) + _checkpoints(recipe.checkpoint)
-        lines += _memory(recipe.model, recipe.sampler if recipe.eval else None, trains=True, beta=0.0)
-        lines += _teacher_memory(
-            recipe.model, recipe.teacher, "process", recipe.teacher.dtype if recipe.teacher else ""
-        )
-    elif isinstance(recipe, RewardModelRecipe):
-        lines += [
-            *_model(recipe.model),
-            "trains      all parameters and a new head; the router's correction bias stays as it is",
-        ]
-        lines += _data(recipe.datasets) + _reward_model(recipe) + _checkpoints(recipe.checkpoint)
-        lines += _memory(recipe.model, None, trains=True, beta=0.0)
-    elif isinstance(recipe, DistillRecipe):
-        teacher = recipe.teacher.model
-        lines += [line.replace("policy ", "teacher", 1) for line in _model(teacher)] if teacher else []
-        lines += _data(recipe.datasets) + distill_lines(recipe)
-        if teacher:
-            lines += [_sampler(recipe.sampler), *_memory(teacher, recipe.sampler, trains=False, beta=0.0)]
-    elif isinstance(recipe, EvalRecipe):
-        lines += _evaluation(recipe)
-    elif isinstance(recipe, UpcycleRecipe):
-        lines += [
-            f"source      {recipe.source}",
-            f"mixture     {recipe.num_experts} experts, {recipe.top_k} of them for a token",
-        ]
-    elif isinstance(recipe, PipelineRecipe):
-        lines += _pipeline(recipe)
-    return "\n".join(lines)
-
-
-# --- parameters -------------------------------------------------------------------------------------------------------
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m posttrain.plan",
+        description="memory, time, GPUs and cost of a recipe, on paper",
+        epilog="key.path=value changes the recipe; docs/scale.md explains the numbers",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", help="the recipe, a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
+    parser.add_argument(
+        "--hardware", default="h100", metavar="NAME|FILE", help="h100, h800, h200, a100, or a YAML file"
+    )
+    parser.add_argument("--price", type=float, help="of a GPU hour, in any currency")
+    parser.add_argument("--mean-length", type=float, help="tokens of a completion (a quarter of the longest)")
+    parser.add_argument(
+        "--length-sigma", type=float, default=DEFAULT_SIGMA, help="deviation of its logarithm (%(default)s)"
+    )
+    parser.add_argument("--prompt-tokens", type=int, default=256, help="of a prompt (%(default)s)")
+    parser.add_argument(
+        "--gpus-per-sampler", type=int, help="over which an engine's weights are spread (as few as fit)"
+    )
+    parser.add_argument("--ranks", type=int, help="SFT, reward model: processes of `accelerate launch`")
+    parser.add_argument("--steps", type=int, help="SFT, reward model: where the recipe counts epochs")
+    parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+    simulated = parser.add_argument_group("simulation of a GRPO recipe")
+    simulated.add_argument(
+        "--simulate", action="store_true", help="play the run as discrete events, for splits and lags"
+    )
+    simulated.add_argument(
+        "--splits", type=words_of, metavar="S:L,...", help="GPUs of samplers : learner (shares of all)"
+    )
+    simulated.add_argument("--lags", type=words_of, default=["0", "1", "2"], help="values of rollout.max_lag (0,1,2)")
+    simulated.add_argument("--measured", metavar="RUN", help="take seconds from this synchronous run's metrics")
+    simulated.add_argument("--simulated-steps", type=int, default=20, help="%(default)s")
+    simulated.add_argument("--straggler-share", type=float, default=0.0, help="engines that are slow in a rollout (0)")
+    simulated.add_argument("--straggler-factor", type=float, default=2.0, help="so many times slower (%(default)s)")
+    simulated.add_argument("--mtbf-hours", type=float, help="mean time between failures of a node (none fails)")
+    simulated.add_argument(
+        "--restart-seconds", type=float, default=300.0, help="of an engine (%(default)s); learner: 3 x"
+    )
+    simulated.add_argument("--seed", type=int, default=0, help="of the simulation")
+    return parser
 
 
-def parameter_count(build: BuildSection, vocabulary: int) -> int:
-    """Parameters of a DeepSeek-V3 of that shape: embeddings and head, MLA, dense and expert MLPs, norms, router.
-
-    The router's correction bias is a buffer and not counted.
-    """
-    hidden, heads = build.hidden_size, build.num_attention_heads
-    query_dim = heads * (build.qk_nope_head_dim + build.qk_rope_head_dim)
-    if build.q_lora_rank is None:
-        query = hidden * query_dim
-    else:
-        query = hidden * build.q_lora_rank + build.q_lora_rank + build.q_lora_rank * query_dim
-    latent = hidden * (build.kv_lora_rank + build.qk_rope_head_dim) + build.kv_lora_rank
-    key_value = build.kv_lora_rank * heads * (build.qk_nope_head_dim + build.v_head_dim)
-    attention = query + latent + key_value + heads * build.v_head_dim * hidden
-    dense = 3 * hidden * build.intermediate_size
-    experts = build.n_routed_experts + build.n_shared_experts
-    sparse = 3 * hidden * build.moe_intermediate_size * experts + build.n_routed_experts * hidden
-    num_dense = build.first_k_dense_replace
-    layers = build.num_hidden_layers * (attention + 2 * hidden) + num_dense * dense
-    layers += (build.num_hidden_layers - num_dense) * sparse
-    return layers + 2 * vocabulary * hidden + hidden
+def words_of(text: str) -> list[str]:
+    """The parts of a list with commas."""
+    return [word for word in text.split(",") if word]
 
 
-def checkpoint_parameters(path: Path) -> int | None:
-    """Parameters of a local checkpoint, from its safetensors headers; None where there are none.
-
-    Not counted: the router's correction bias, which is a buffer, and layers beyond config.json's num_hidden_layers
-    (DeepSeek-V3's multi-token prediction), which are not loaded.
-
-    Raises:
-        RecipeError: a file cannot be read.
-    """
-    path = path.expanduser()
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    num_layers = read_config(path).get("num_hidden_layers", math.inf) if files else math.inf
-    if not isinstance(num_layers, int | float):
-        raise RecipeError(
-            f"model.model_name_or_path: {path / 'config.json'}: num_hidden_layers is {num_layers!r:.60} and no number; mend it"
-        )
-    total = 0
-    for file in files:
-        for name, shape in _shapes(file).items():
-            layer = re.match(r"model\.layers\.(\d{1,9})\.", name)
-            if layer and int(layer[1]) >= num_layers:
-                continue
-            if not name.endswith("e_score_correction_bias"):
-                total += math.prod(shape)
-    return total if files else None
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A checkpoint's config.json; empty where there is none.
-
-    Raises:
-        RecipeError: it is not JSON.
-    """
-    file = path.expanduser() / "config.json"
-    if not file.is_file():
-        return {}
+def main(argv: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_intermixed_args(argv)
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"model.model_name_or_path: {file} is not readable as JSON ({error}); mend it") from None
-    if not isinstance(config, dict):
-        raise RecipeError(f"model.model_name_or_path: {file} must be a JSON object; copy the checkpoint again")
-    return config
+        print(output(options))
+    except RecipeError as error:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def _shapes(file: Path) -> dict[str, list[int]]:
-    """What a safetensors file holds: name -> shape."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > MOST_HEADER:
-                raise ValueError
-            header = json.loads(stream.read(length))
-        shapes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-        sizes = [size for shape in shapes.values() for size in shape]
-        if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
-            raise ValueError
-    except (struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise RecipeError(
-            f"model.model_name_or_path: {file} is not a whole safetensors file; copy the checkpoint again"
-        ) from None
-    return shapes
+def output(options: argparse.Namespace) -> str:
+    """What the command prints.
 
-
-def model_parameters(model: ModelSection) -> int | None:
-    """Parameters of a recipe's model; None where its files are not here and its shape is not known."""
-    if model.build is not None:
-        return parameter_count(model.build, TINY_VOCABULARY + len(model.extra_characters))
-    assert model.model_name_or_path is not None
-    known = ARCHITECTURES.get(model.model_name_or_path)
-    if known is not None and not Path(model.model_name_or_path).exists():
-        return known.parameters
-    return checkpoint_parameters(Path(model.model_name_or_path))
-
-
-# --- lines that stages share ------------------------------------------------------------------------------------------
-
-
-def _model(model: ModelSection) -> list[str]:
-    count = model_parameters(model)
-    if model.build is not None:
-        origin = "new DeepSeek-V3 with random weights"
-    else:
-        kind = read_config(Path(str(model.model_name_or_path))).get("model_type")
-        origin = f"{model.model_name_or_path}" + (f" ({kind})" if kind else "")
-    size = f"{count:,} parameters" if count is not None else "size unknown until its files are here"
-    lines = [f"policy      {origin}, {size}, {model.dtype}"]
-    known = ARCHITECTURES.get(str(model.model_name_or_path))
-    return lines if known is None else lines + _known(known)
-
-
-def _known(known: Architecture) -> list[str]:
-    """What the shipped shape of a hub model says; a plan does not look on the hub."""
-    need = known.parameters * 16
-    shares = ", ".join(f"{ranks}: {_size(need / ranks)}" for ranks in (8, 64, 512))
-    return [
-        f"            by its shipped shape; {known.active_parameters:,} parameters active for a token, embeddings included",
-        f"            KV cache {_size(known.cache_bytes)} a token in bfloat16",
-        f"            16 bytes a parameter for training = {_size(need)}; by FSDP2 over ranks, each of {shares}",
-    ]
-
-
-def _sft_trained(recipe: SftRecipe) -> list[str]:
-    lora, mtp = recipe.lora, recipe.mtp
-    if lora is None:
-        lines = _trained(recipe.router)
-    else:
-        targets = ", ".join(lora.targets) if lora.targets else "all weights but the router"
-        lines = [f"trains      LoRA adapters of rank {lora.r} on {targets}; merged at the end"]
-    if recipe.router.freeze:
-        lines.append("            but not the router's weights")
-    if mtp is not None:
-        trunk = ", which does not reach the trunk" if mtp.detach_trunk else ""
-        lines.append(f"            and a prediction module ({mtp.init}), loss weight {mtp.loss_weight:g}{trunk}")
-    return lines
-
-
-def _sft_loss(recipe: SftRecipe) -> list[str]:
-    lines = [f"loss        on {_LOSS_ON[recipe.training.loss_on]}"]
-    if recipe.teacher is not None:
-        teacher = recipe.teacher
-        kind = f"jsd (beta {teacher.mixture:g})" if teacher.divergence == "jsd" else teacher.divergence
-        events = "all tokens" if teacher.top_k is None else f"its {teacher.top_k} likeliest tokens and the rest"
-        lines += [
-            f"            {1 - teacher.weight:g} x cross-entropy + {teacher.weight:g} x {kind} to the teacher "
-            f"{teacher.model_name_or_path}",
-            f"            over {events}, at temperature {teacher.temperature:g}",
-        ]
-    return lines
-
-
-def _grpo_trained(recipe: GrpoRecipe) -> list[str]:
-    if recipe.lora is None:
-        return _trained(recipe.router)
-    targets = ", ".join(recipe.lora.targets) if recipe.lora.targets else "all weights but the router"
-    return [f"trains      LoRA adapters of rank {recipe.lora.r} on {targets}; merged for samplers and checkpoints"]
-
-
-def _trained(router: RouterSection) -> list[str]:
-    bias = (
-        f"the router's correction bias moves by {router.bias_update_speed:g} a step"
-        if router.bias_update_speed
-        else "the router's correction bias stays as it is"
-    )
-    return [f"trains      all parameters; {bias}"]
-
-
-def _data(datasets: Sequence[DatasetSection]) -> list[str]:
-    return [f"data        {_source(section)}" for section in datasets]
-
-
-def _source(section: DatasetSection) -> str:
-    amount = f"{section.size:,} records" if section.size is not None else "all records"
-    if section.task is None:
-        return f"{section.path}, {amount}"
-    return f"task {section.task}, level {', '.join(map(str, section.levels))}, {amount}"
-
-
-def _sampler(section: SamplerSection) -> str:
-    workers = "1 vLLM worker" if section.num_workers == 1 else f"{section.num_workers} vLLM workers"
-    return f"sampler     {workers}, up to {section.max_num_seqs} sequences each of up to {section.max_model_len} tokens"
-
-
-def _eval(section: EvalSection | None, environment: EnvironmentSection | None = None) -> list[str]:
-    if section is None:
-        return ["evaluation  none; add an eval section to see what the training did"]
-    lines = [f"evaluation  {_source(dataset)}" for dataset in section.datasets]
-    greedy = " and one greedy" if section.greedy else ""
-    each = f"{section.num_samples} sampled{greedy} per problem, up to {section.max_completion_length} tokens each"
-    if all(dataset.size is not None for dataset in section.datasets):
-        total = sum(dataset.size or 0 for dataset in section.datasets) * (section.num_samples + section.greedy)
-        each += f": {total:,} completions each time"
-    every = f", also every {section.eval_steps} steps" if section.eval_steps else ""
-    played = environment or section.environment
-    judge = f"success in {played.func}" if played else f"graded by {section.reward.func}"
-    return [*lines, f"            {each}{every}", f"            {judge}"]
-
-
-def _evaluation(recipe: EvalRecipe) -> list[str]:
-    """What answers, on what, and the memory that a checkpoint takes."""
-    lines = []
-    if recipe.endpoint is not None:
-        where = recipe.endpoint.base_url or "the default address"
-        lines += [
-            f"model       {recipe.endpoint.model} at {where}, {recipe.endpoint.max_concurrency} requests at a time"
-        ]
-    if recipe.model is not None:
-        lines += [*_model(recipe.model), _sampler(recipe.sampler)]
-    if recipe.eval.datasets:
-        lines += _eval(recipe.eval)
-    for section in recipe.eval.benchmarks:
-        changes = ", ".join(f"{name} {value}" for name, value in recipe.eval.options(section).items())
-        how = " by lm-eval" if section.method == "lm_eval" else ""
-        lines.append(
-            f"benchmark   {section.name}{how}, data {section.path or 'of its own'}{f': {changes}' * bool(changes)}"
-        )
-    if recipe.eval.judge is not None:
-        lines.append(f"judge       {recipe.eval.judge.model} at {recipe.eval.judge.base_url or 'the default address'}")
-    if recipe.model is not None:
-        lines += _memory(recipe.model, recipe.sampler, trains=False, beta=0.0)
-    return lines
-
-
-def _checkpoints(section: CheckpointSection, first: str = "") -> list[str]:
-    when = f"every {section.save_steps} steps and at the end" if section.save_steps else "at the end"
-    return [f"saves       {first}{when}, or when interrupted; the newest {section.save_total_limit} are kept"]
-
-
-def _memory(
-    model: ModelSection,
-    sampler: SamplerSection | None,
-    *,
-    trains: bool,
-    beta: float,
-    grpo: GrpoRecipe | None = None,
-) -> list[str]:
-    """Bytes per process; activations and the runtime itself (1 to 2 GB a process) come on top."""
-    adapters = grpo is not None and grpo.lora is not None
-    shares = grpo.learner.num_workers if grpo is not None and grpo.learner.parallel == "fsdp" else 1
-    count = model_parameters(model)
-    if count is None:
-        return ["memory      unknown until the checkpoint is here"]
-    lines = []
-    if trains:
-        # float32 weights, gradients and AdamW's two moments, whatever the sampler's type: bfloat16 is autocast.
-        own = count / shares
-        one = _size(own * 4)
-        if adapters:
-            lines.append(f"each learner {one}: weights; gradients and AdamW of the adapters only")
-        else:
-            lines.append(f"each learner {_size(own * 16)}: weights {one}, gradients {one}, AdamW {_size(own * 8)}")
-        if shares > 1:
-            lines.append(f"that is its share of {shares}; rank 0 gathers {_size(count * 4)} in main memory to publish")
-    if beta > 0 and not adapters:
-        lines.append(f"its reference {_size(count * 4 / shares)}: float32 weights")
-    if sampler is not None:
-        weights, cache = count * _BYTES[model.dtype], int(sampler.kv_cache_gib * 2**30)
-        on_gpu = f"{sampler.gpu_memory_utilization:.0%} of the memory on a GPU"
-        lines.append(
-            f"each sampler {_size(weights + cache)}: weights {_size(weights)}, KV cache {_size(cache)}; {on_gpu}"
-        )
-    lines.append("on top of it: activations, and 1 to 2 GB of runtime a process")
-    return [f"memory      {lines[0]}", *(f"            {line}" for line in lines[1:])]
-
-
-def _beside(recipe: GrpoRecipe) -> list[str]:
-    """Memory of a critic and of a teacher."""
-    lines = []
-    section = (recipe.critic or CriticSection()) if recipe.algorithm.baseline == "critic" else None
-    critic = section and recipe.model.model_copy(
-        update={"model_name_or_path": section.model_name_or_path or recipe.model.model_name_or_path}
-    )
-    if critic and (count := model_parameters(critic)):
-        lines.append(f"            each critic {_size(count * 16)}: as a learner")
-    return lines + _teacher_memory(recipe.model, recipe.teacher, "learner", "float32")
-
-
-def _teacher_memory(
-    model: ModelSection, section: TeacherSection | SftTeacherSection | None, place: str, dtype: str
-) -> list[str]:
-    if section is None:
-        return []
-    teacher = model.model_copy(update={"model_name_or_path": section.model_name_or_path, "build": None})
-    count = model_parameters(teacher)
-    if count is None:
-        return []
-    return [f"            its teacher {_size(count * _BYTES[dtype])} in each {place}: {dtype} weights"]
-
-
-def _size(num_bytes: float) -> str:
-    value = float(num_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:,.1f} TiB"
-
-
-# --- stages -----------------------------------------------------------------------------------------------------------
-
-
-_LOSS_ON = {
-    "assistant": "what the assistant says, in every turn",
-    "last_assistant": "what the assistant says in its last turn",
-    "completion": "what follows the last question",
-    "all": "all tokens",
-}
-
-
-def _sft(recipe: SftRecipe) -> list[str]:
-    training = recipe.training
-    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    kind = "packed rows" if training.packing else "samples"
-    return [
-        f"batch       {training.per_device_train_batch_size} {kind} x {training.gradient_accumulation_steps} accumulated "
-        f"= {rows} {kind} of up to {training.max_length} tokens per optimizer step and rank",
-        f"            = up to {rows * training.max_length:,} tokens per optimizer step and rank",
-        *_sft_loss(recipe),
-        *_schedule(training, recipe.optimizer),
-    ]
-
-
-def _schedule(training: TrainerSection, optimizer: OptimizerSection) -> list[str]:
-    """Of a stage on a TRL trainer."""
-    length = f"{training.max_steps} steps" if training.max_steps else f"{training.num_train_epochs:g} epochs"
-    end = f" to {optimizer.min_learning_rate:g}" if optimizer.lr_scheduler_type == "cosine" else ""
-    return [
-        f"optimizer   {training.optim}, learning rate {optimizer.learning_rate:g}{end}, {optimizer.lr_scheduler_type}, "
-        f"{optimizer.warmup_steps} warm-up steps",
-        f"length      {length}",
-    ]
-
-
-def _reward_model(recipe: RewardModelRecipe) -> list[str]:
-    training, validation = recipe.training, recipe.validation
-    size, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    if validation.datasets is None:
-        measured = [f"{validation.fraction:.0%} of the prompts"]
-    else:
-        measured = [_source(dataset) for dataset in validation.datasets]
-    every = f"every {validation.eval_steps} steps and at the end" if validation.eval_steps else "at the end"
-    return [
-        f"batch       {size} pairs x {accumulated} accumulated = {size * accumulated} pairs, so {2 * size * accumulated} "
-        f"chats of up to {training.max_length} tokens, per optimizer step and rank",
-        f"loss        Bradley-Terry with margin, centring {training.center_rewards_coefficient:g}",
-        *_schedule(training, recipe.optimizer),
-        *(f"held out    {source}, measured {every}" for source in measured),
-    ]
-
-
-def microbatch_bound(recipe: GrpoRecipe) -> int:
-    """Most microbatches of one minibatch on one rank, when every sample is as long as the sampler allows.
-
-    Best-fit packing leaves at most one row with fewer than row_length // max_model_len samples, so no mix of shorter
-    samples needs more rows.
+    Raises:
+        RecipeError: the recipe or an option makes no plan.
     """
-    learner = recipe.learner
-    minibatch = recipe.samples_per_step // recipe.algorithm.num_minibatches
-    rows = math.ceil(minibatch / (learner.row_length // recipe.sampler.max_model_len))
-    rows_per_microbatch = learner.max_tokens_per_microbatch // learner.row_length
-    return math.ceil(math.ceil(rows / rows_per_microbatch) / learner.num_workers)
-
-
-def _grpo(recipe: GrpoRecipe) -> list[str]:
-    algorithm, learner, parity = recipe.algorithm, recipe.learner, recipe.parity
-    samples = recipe.samples_per_step
-    minibatch = samples // algorithm.num_minibatches
-    steps = algorithm.num_minibatches * algorithm.num_iterations
-    passes = "" if algorithm.num_iterations == 1 else f" x {algorithm.num_iterations} passes"
-    played = recipe.environment
-    names = [*([(played.weight, "environment")] if played else []), *((r.weight, r.label) for r in recipe.rewards)]
-    rewards = ", ".join(f"{weight:g} x {label}" for weight, label in names)
-    episodes = (
-        [f"episodes    up to {played.max_turns} turns with {played.func}, a process for each episode"] if played else []
+    for name in ("price", "mean_length", "prompt_tokens", "gpus_per_sampler", "ranks", "steps"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise RecipeError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+    assumed = Assumptions(
+        hardware=load_hardware(options.hardware),
+        mean_length=options.mean_length,
+        length_sigma=options.length_sigma,
+        prompt_tokens=options.prompt_tokens,
+        gpus_per_sampler=options.gpus_per_sampler,
+        ranks=options.ranks,
+        steps=options.steps,
+        price=options.price,
     )
-    return [
-        f"batch       {recipe.rollout.num_prompts} prompts x {recipe.rollout.num_generations} generations = {samples} "
-        f"completions per step",
-        f"            -> {algorithm.num_minibatches} minibatches of {minibatch} completions{passes} -> {steps} optimizer "
-        f"steps per step",
-        f"            -> at most {microbatch_bound(recipe)} microbatches of up to {learner.max_tokens_per_microbatch} "
-        f"tokens on each of {learner.num_workers} learner rank(s) per minibatch",
-        f"length      {recipe.max_steps} steps, {recipe.max_steps * samples:,} completions, "
-        f"{recipe.max_steps * steps:,} optimizer steps",
-        *episodes,
-        f"reward      {rewards}",
-        f"loss        clip {algorithm.epsilon:g} / {algorithm.clip_high:g}, KL {algorithm.beta:g} ({algorithm.kl_estimator}), "
-        f"mean per {algorithm.loss_aggregation}",
-        f"optimizer   AdamW, learning rate {recipe.optimizer.learning_rate:g}, {recipe.optimizer.lr_scheduler_type}",
-        _sampler(recipe.sampler),
-        f"parity      stops when sampler and learner differ by more than {parity.max_logprob_gap:g} nats, or choose the "
-        f"same experts for less than {parity.min_routing_agreement:.2%}",
-    ]
+    recipe: Recipe = load_recipe(options.recipe, options.overrides)
+    if options.simulate:
+        return simulated(recipe, assumed, options)
+    if options.measured or options.splits or options.mtbf_hours:
+        raise RecipeError("--measured, --splits and --mtbf-hours are of the simulation; add --simulate")
+    plans = plans_of(recipe, assumed)
+    if options.json:
+        return json.dumps({name: as_json(plan) for name, plan in plans.items()}, indent=2)
+    if not isinstance(recipe, PipelineRecipe):
+        return plans[recipe.stage].text()
+    return "\n\n".join(f"{number}. {name}\n{plan.text()}" for number, (name, plan) in enumerate(plans.items(), start=1))
 
 
-def _pipeline(recipe: PipelineRecipe) -> list[str]:
-    """Every stage's own plan below its name, file and overrides."""
-    lines = []
-    for number, section in enumerate(recipe.stages, start=1):
-        lines += ["", f"{number}. {section.name}: {section.recipe} {' '.join(section.overrides)}".rstrip()]
-        lines += [f"   {line}" for line in describe(stage_recipe(section, recipe.run_dir)).splitlines()]
-    return lines
+def simulated(recipe: Recipe, assumed: Assumptions, options: argparse.Namespace) -> str:
+    """The table of --simulate.
+
+    Raises:
+        RecipeError: the recipe is of another stage than GRPO, or an option is out of range.
+    """
+    if not isinstance(recipe, GrpoRecipe):
+        raise RecipeError(f"--simulate plays GRPO runs and this recipe is for {recipe.stage!r}; leave --simulate out")
+    refuse(assumed, "ranks", "steps")
+    if not 0 <= options.straggler_share <= 1 or options.straggler_factor < 1:
+        raise RecipeError("--straggler-share is 0 to 1 and --straggler-factor at least 1; change them")
+    if not all(word.isdigit() for word in options.lags) or options.simulated_steps < 1 or options.restart_seconds < 0:
+        raise RecipeError(
+            "--lags are 0 or more, --simulated-steps at least 1, --restart-seconds 0 or more; change them"
+        )
+    if options.mtbf_hours is not None and options.mtbf_hours <= 0:
+        raise RecipeError(f"--mtbf-hours {options.mtbf_hours:g}: give a number above 0, or leave it out")
+    chances = Chances(
+        steps=options.simulated_steps,
+        straggler_share=options.straggler_share,
+        straggler_factor=options.straggler_factor,
+        mtbf_hours=options.mtbf_hours,
+        restart_seconds=options.restart_seconds,
+        seed=options.seed,
+    )
+    measured = Measured.of_run(options.measured) if options.measured else None
+    splits = parse_splits(options.splits, recipe, engine_of(recipe, assumed))
+    return study(recipe, assumed, splits, [int(word) for word in options.lags], chances, measured)
+
+
+def plans_of(recipe: Recipe, assumed: Assumptions) -> dict[str, Plan]:
+    """The plan of a stage under its name, or of those stages of a pipeline that train.
+
+    Raises:
+        RecipeError: a stage makes no plan, or no stage of a pipeline trains.
+    """
+    if not isinstance(recipe, PipelineRecipe):
+        if isinstance(recipe, GrpoRecipe):
+            refuse(assumed, "ranks", "steps")
+        return {recipe.stage: make_plan(recipe, assumed)}
+    found: dict[str, Plan] = {}
+    made: dict[Path, ModelSection] = {}
+    for section in recipe.stages:
+        stage = stage_recipe(section, recipe.run_dir)
+        if stage.stage not in ("sft", "reward_model", "grpo"):
+            continue
+        stage = stage.model_copy(update={"model": _as_made(stage.model, made)})
+        made[stage.run_dir] = stage.model
+        try:
+            found[section.name] = make_plan(stage, assumed)
+        except RecipeError as error:
+            raise RecipeError(f"stages: {section.name}: {error}") from None
+    if not found:
+        raise RecipeError("stages: none of them trains a policy or a reward model, so there is nothing to plan")
+    return found
+
+
+def _as_made(model: ModelSection, made: Mapping[Path, ModelSection]) -> ModelSection:
+    """A stage's model; where an earlier stage of the pipeline makes it, with the origin of that one's."""
+    for run_dir, earlier in made.items():
+        if model.model_name_or_path is not None and Path(model.model_name_or_path).is_relative_to(run_dir):
+            origin = ("model_name_or_path", "build", "extra_characters")
+            return model.model_copy(update={name: getattr(earlier, name) for name in origin})
+    return model
+
+
+def refuse(assumed: Assumptions, *names: str) -> None:
+    """Refuse options that mean nothing for GRPO.
+
+    Raises:
+        RecipeError: one of them was given.
+    """
+    for name in names:
+        if getattr(assumed, name) is not None:
+            raise RecipeError(
+                f"--{name}: a GRPO recipe says it itself (learner.num_workers, max_steps); remove the option"
+            )
+
+
+def as_json(plan: Plan) -> dict[str, object]:
+    """A plan as JSON's own types."""
+    sections = {title: [asdict(quantity) for quantity in lines] for title, lines in plan.sections.items()}
+    return {"head": plan.head, "sections": sections, "warnings": plan.warnings}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -51,8 +51,13 @@ class RunDir:
         """The resolved recipe, enough to run again."""
         write_atomically(self.path / "recipe.yaml", text)
 
-    def write_environment(self, seed: int) -> None:
-        """What the run runs on."""
+    def write_environment(self, seed: int, *, nodes: Mapping[str, Sequence[str]] | None = None) -> None:
+        """What the run runs on.
+
+        Args:
+            seed: of the run.
+            nodes: of each role, the id of the Ray node that each of its workers is on.
+        """
         environment = {
             "python": sys.version.split()[0],
             "platform": platform.platform(),
@@ -61,6 +66,7 @@ class RunDir:
             "gpus": _command("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines(),
             "git_commit": _command("git", "rev-parse", "HEAD"),
             "seed": seed,
+            **({"nodes": {role: list(found) for role, found in nodes.items()}} if nodes else {}),
         }
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=2))
 

@@ -30,7 +30,20 @@ NonNegativeInt = Annotated[int, BeforeValidator(no_bool), Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
+Placement = Literal["any", "pack", "spread", "strict_pack", "strict_spread"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+def no_processors(value: Any) -> Any:
+    """For `BeforeValidator`: what a worker reserves has keys of its own for these two."""
+    for name in ("CPU", "GPU"):
+        if isinstance(value, Mapping) and name in value:
+            raise ValueError(f"{name}: set num_{name.lower()}s (where a section has it) and not resources; remove it")
+    return value
+
+
+# Of Ray: what a node was started with (`ray start --resources`), and how much of it.
+Resources = Annotated[Mapping[str, Positive], BeforeValidator(no_processors)]
 
 
 class Section(BaseModel):
@@ -243,6 +256,8 @@ class SamplerSection(Section):
     timeout_seconds: Positive = 60  # without an answer, or without a step while there is work: the worker is given up
     max_restarts: NonNegativeInt = 3  # of each worker in a run
     slow_factor: NonNegative = 10  # a worker so many times slower than the others is given up; 0 leaves it alone
+    resources: Resources = Field(default_factory=dict)  # that nodes were started with and one worker reserves
+    placement: Placement = "any"  # of the workers on the nodes: see docs/scale.md
 
     @model_validator(mode="after")
     def _whole_gibibytes(self) -> SamplerSection:

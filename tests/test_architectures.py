@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.architectures import ARCHITECTURES, Architecture
-from posttrain.plan import describe
+from posttrain.dry_run import describe
 from posttrain.recipe_file import load_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -18,8 +18,9 @@ import pytest
 
 from posttrain import cli
 from posttrain.cli import run_stage
+from posttrain.dry_run import describe, microbatch_bound
 from posttrain.errors import ParityError, RunStopped
-from posttrain.plan import checkpoint_parameters, describe, microbatch_bound
+from posttrain.planning.shapes import checkpoint_parameters
 from posttrain.recipe import GrpoRecipe, Recipe, RecipeError
 from posttrain.recipe_file import load_recipe
 

@@ -42,7 +42,7 @@ class Workers:
         self.start_error: Exception | None = None
         self.hold_loads: threading.Event | None = None
 
-    def start(self, number: int, *, replaces: bool) -> Worker:
+    def start(self, number: int, place: int, *, replaces: bool) -> Worker:
         self.all.append(Worker(number, replaces))
         return self.all[-1]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from posttrain import learner_offload
+from posttrain import learner_offload, learner_parallel
 from posttrain.learner import Learner
 from posttrain.packing import pack
 from posttrain.recipe import AlgorithmSection, GrpoRouterSection, LearnerSection, ModelSection, OptimizerSection
@@ -157,6 +157,28 @@ def test_spread_over_two_ranks_is_one_rank(checkpoint: Path, tmp_path: Path, sec
 def test_what_means_nothing_is_refused(section: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         section()
+
+
+def test_copies_in_bfloat16_go_with_their_layer() -> None:
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
+
+    states = torch.randn(8, 2048)
+
+    @torch.no_grad()
+    def forward() -> int:
+        before = resident()
+        for _ in range(12):  # as FSDP2's gathered weights: leaves that are there while their layer computes
+            weight = torch.nn.Parameter(torch.randn(2048 * 2048).as_strided((2048, 2048), (2048, 1)))
+            assert torch.nn.functional.linear(states, weight).dtype == torch.bfloat16
+            del weight
+        return resident() - before
+
+    learner_parallel.in_bfloat16(forward, "cpu")()  # what the kernels themselves take
+    assert (
+        learner_parallel.in_bfloat16(forward, "cpu")() < 12 * 2048 * 2048 * 2 / 2
+    )  # not twelve copies of two bytes a weight
 
 
 def test_offloaded_weights_come_back_untouched() -> None:

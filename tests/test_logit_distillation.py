@@ -23,10 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data.chat import build_tokenizer
 from posttrain import sft_parts
 from posttrain.distillation_losses import distillation_loss, divergence, event_logprobs
+from posttrain.dry_run import describe
 from posttrain.errors import RunStopped
 from posttrain.memory import expected_memory
 from posttrain.model.load import save_policy
-from posttrain.plan import describe
 from posttrain.recipe import RecipeError, SftTeacherSection
 from posttrain.recipe_file import check_files
 from tests.oracles.distillation import distilled_loss, divergence_of

@@ -22,9 +22,9 @@ from data.pairs import file_pairs
 from data.prompts import PromptStream
 from data.records import Record, parse_row
 from data.sources import file_records
+from posttrain.dry_run import describe
 from posttrain.errors import RunStopped
 from posttrain.journal import Journal
-from posttrain.plan import describe
 from posttrain.recipe import DistillRecipe, RecipeError, RecordingsSection
 from posttrain.recipe_file import dump_recipe, load_recipe
 from posttrain.teachers import RecordedTeacher

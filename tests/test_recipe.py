@@ -329,7 +329,7 @@ def test_dry_run_spells_out_the_batch(capsys: pytest.CaptureFixture[str], tmp_pa
 def test_the_plan_counts_parameters_as_torch_does() -> None:
     from data.chat import build_tokenizer
     from posttrain.model.load import build_policy
-    from posttrain.plan import TINY_VOCABULARY, model_parameters, parameter_count
+    from posttrain.planning.shapes import TINY_VOCABULARY, model_parameters, parameter_count
 
     recipe = load_recipe(ROOT / "recipes/tiny/sft.yaml")
     assert isinstance(recipe, SftRecipe) and recipe.model.build is not None

@@ -142,7 +142,7 @@ def test_answers_by_hand(run_dir: Path) -> None:
 
 
 def test_compute_by_hand(run_dir: Path) -> None:
-    from posttrain.plan import parameter_count
+    from posttrain.planning.shapes import parameter_count
     from posttrain.recipe import BuildSection
 
     everything = parameter_count(BuildSection(**{k: v for k, v in CONFIG.items() if k != "vocab_size"}), 131)

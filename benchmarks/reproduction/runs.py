@@ -130,7 +130,7 @@ def active_parameters(checkpoint: Path) -> int:
 
     The embedding is looked up and not multiplied.
     """
-    from posttrain.plan import parameter_count
+    from posttrain.planning.shapes import parameter_count
     from posttrain.recipe import BuildSection
 
     config = read_json(checkpoint / "config.json")
