@@ -6,8 +6,8 @@ The rooms:
                     algorithm; cli.py is their command line
     description     recipe.py (the door), sections.py (what stages share), sft_recipe.py, reward_model_recipe.py,
                     grpo_recipe.py with grpo_sections.py, distill_recipe.py, eval_recipe.py, lora_section.py;
-                    recipe_file.py (YAML), plan.py (what it would do), architectures.py (shapes of published models, for
-                    plans), records.py (its data)
+                    recipe_file.py (YAML), dry_run.py (what it would do), records.py (its data)
+    on paper        plan.py with planning/ (memory, time, cost; simulation), architectures.py (shapes of published models)
     what flows      types.py: Prompt, Completion, Group, Sample, Microbatch, TrainBatch
     mathematics     losses.py, policy_losses.py, balance_losses.py, distillation_losses.py (a teacher's distribution),
                     distillation.py (a teacher in the advantage), advantages.py, packing.py: pure functions; algorithms.py
@@ -16,7 +16,7 @@ The rooms:
                     checkpoints), sft_callbacks.py, sft_parts.py (puts them together)
     reward model    reward_data.py (pairs to tokens), reward_trainer.py, reward_metrics.py (what its scores are worth),
                     reward_view.py, reward_parts.py (puts them together); rewards/learned.py scores with it
-    TRL's trainers  trainer_arguments.py, whole_checkpoints.py, ranks.py: what both of the above use
+    TRL's trainers  trainer_arguments.py, whole_checkpoints.py, guarded_steps.py, ranks.py: what both of the above use
     rewards         reward_setup.py, reward_pool.py (actors around rewards.warden), audit.py (a verifier beside the rewards)
     environments    environments.py (what one is), environment_pool.py and environment_process.py (a process for each episode),
                     episodes.py (turns to completions), episode_reward.py (their reward beside the others)
@@ -31,12 +31,22 @@ The rooms:
                     published.py
     looking         watch.py, watch_server.py (the report while a run goes on), watch_view.py (terminal); eval/report*.py and
                     eval/page/ (the page), eval/plots.py
-    engines         sampler.py with request_loop.py, vllm_extension.py, decoding.py (vLLM), learner.py (accelerate)
-    the policy      model/: load, router, balance, mtp (multi-token prediction), lora, upcycle, policy_files, reward_head
+    engines         sampler.py with request_loop.py, vllm_extension.py, decoding.py (vLLM), learner.py (accelerate) with
+                    step_guard.py (steps that must not be taken)
+    the policy      model/: load, router, balance, mtp (multi-token prediction), lora, upcycle, policy_files, reward_head, fp8,
+                    conversion, checkpoint_files, adapter_deltas
+    export, serving export.py, export_check.py (both engines agree), model_card.py, serve.py (vLLM's server), quantized.py
+                    (what must be converted)
     agreement       wire.py, weights.py (publication and its receipt), parity.py (sampler against learner, token by token)
-    the cluster     cluster.py: the only file that imports ray; dispatch.py (prompts to samplers), threads.py
-    the run         grpo_job.py, rollout.py, checkpoint.py, run_dir.py, metrics.py, token_records.py (tokens that samples
-                    keep), router_log.py (loads of the experts), progress.py, interrupt.py
+    the cluster     cluster.py: the only file that imports ray; dispatch.py (prompts to samplers), fleet.py (samplers that come
+                    and go), health.py (who hangs or crawls), placement.py (room on the nodes), threads.py
+    the run         grpo_job.py, rollout.py, run_dir.py, metrics.py, token_records.py (tokens that samples keep), router_log.py
+                    (loads of the experts), progress.py, interrupt.py (Ctrl-C, SIGTERM, a reader that has left)
+    going on        checkpoint.py, saving.py (beside the run, on full disks), manifest.py (checksums), resume.py (does the recipe
+                    mean the same), grpo_resume.py, log_file.py, disk.py, rng.py, skip_watch.py, restarts.py (--max-restarts)
+    trouble         doctor.py with doctor_machine.py, doctor_stage.py, doctor_probes.py; fault_log.py, flight_recorder.py,
+                    process_logs.py, bundles.py (of bad steps), replay.py
+    who may look    ray_network.py (who reaches Ray), redaction.py (secrets)
 
 One SFT step, as PolicyTrainer takes it:
 
