@@ -38,7 +38,7 @@ The rooms:
     export, serving export.py, export_check.py (both engines agree), model_card.py, serve.py (vLLM's server), quantized.py
                     (what must be converted)
     agreement       wire.py, weights.py (publication and its receipt), parity.py (sampler against learner, token by token)
-    the cluster     cluster.py: the only file that imports ray; dispatch.py (prompts to samplers), fleet.py (samplers that come
+    the cluster     cluster/: the only room that imports ray; dispatch.py (prompts to samplers), fleet.py (samplers that come
                     and go), health.py (who hangs or crawls), placement.py (room on the nodes), threads.py
     the run         grpo_job.py, rollout.py, run_dir.py, metrics.py, token_records.py (tokens that samples keep), router_log.py
                     (loads of the experts), progress.py, interrupt.py (Ctrl-C, SIGTERM, a reader that has left)

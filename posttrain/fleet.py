@@ -41,7 +41,7 @@ class Workers(Protocol):
         """Start a worker at one of `num_workers` places, and return at once."""
 
     def call(self, worker: Any, method: str, *arguments: Any) -> Future[Any]:
-        """A method of `posttrain.cluster._SamplerActor`. Raises SamplerLost there if the worker is gone."""
+        """A method of `posttrain.cluster.samplers._SamplerActor`. Raises SamplerLost there if the worker is gone."""
 
     def end(self, worker: Any) -> None:
         """End a worker, also one that does not answer."""

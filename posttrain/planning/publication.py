@@ -1,4 +1,4 @@
-"""How long it takes to bring new weights from the learner to the samplers, as posttrain/weights.py and cluster.py do it."""
+"""How long it takes to bring new weights from the learner to the samplers, as posttrain/weights.py and cluster/ do it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A run as discrete events: engines that decode, a learner that trains, versions that are published, machines that fail.
 
-The order of things is that of posttrain/rollout.py and posttrain/cluster.py: the rollout of step s is begun when version
+The order of things is that of posttrain/rollout.py and posttrain/cluster/: the rollout of step s is begun when version
 s - max_lag is published; without in-flight updates a publication waits until what is being generated is finished, and nothing
 is begun meanwhile. What an engine does not finish because it fails is sampled again from the start. When the learner fails,
 all begins again from the last checkpoint.
