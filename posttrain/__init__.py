@@ -43,7 +43,8 @@ The rooms:
     the run         grpo_job.py, rollout.py, run_dir.py, metrics.py, token_records.py (tokens that samples keep), router_log.py
                     (loads of the experts), progress.py, interrupt.py (Ctrl-C, SIGTERM, a reader that has left)
     going on        checkpoint.py, saving.py (beside the run, on full disks), manifest.py (checksums), resume.py (does the
-                    recipe mean the same), grpo_resume.py, log_file.py, disk.py, rng.py, skip_watch.py, restarts.py (--max-restarts)
+                    recipe mean the same), grpo_resume.py, log_file.py, disk.py, rng.py, skip_watch.py, restarts.py
+                    (--max-restarts)
     trouble         doctor.py with doctor_machine.py, doctor_stage.py, doctor_probes.py; fault_log.py, flight_recorder.py,
                     process_logs.py, bundles.py (of bad steps), replay.py
     who may look    ray_network.py (who reaches Ray), redaction.py (secrets)
