@@ -103,7 +103,8 @@ def run_stage(
     code = 0
     try:
         try:
-            code = _run_stage(stage, run, sys.argv[1:] if argv is None else list(argv), plan)
+            with restarts.running():
+                code = _run_stage(stage, run, sys.argv[1:] if argv is None else list(argv), plan)
         except SystemExit:  # --help
             sys.stdout.flush()
             raise

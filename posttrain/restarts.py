@@ -6,9 +6,12 @@ from where it stood; what is wrong with a recipe, a reward or the policy is not 
 
 from __future__ import annotations
 
+import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from posttrain import checkpoint
 from posttrain.errors import EXIT_TRY_AGAIN
@@ -20,6 +23,39 @@ from posttrain.stage_process import locked, run_process
 # Killed by the kernel or a supervisor, or by a fault in native code. SIGTERM and SIGINT are somebody's wish to end it.
 _KILLED = tuple(128 + number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS))
 _LONGEST_WAIT = 60.0
+_RUNNING = "POSTTRAIN_RUNNING"  # environment variable: the file that says that a stage has not come to its end
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Around what a stage does: however Python ends it, the file that the one who started it looks for is gone.
+
+    Where Ray's native code finds the raylet dead before we do, it ends the process with exit code 1 and without a word; a
+    stage that fails by itself has the same code, and nothing to go on for.
+    """
+    place = os.environ.pop(_RUNNING, None)
+    if place is None:
+        yield
+        return
+    Path(place).touch()
+    try:
+        yield
+    finally:
+        Path(place).unlink(missing_ok=True)
+
+
+def _run_once(recipe: Recipe, words: Sequence[str], lock: int) -> int:
+    """The exit code of the stage's command; EXIT_TRY_AGAIN where native code ended it."""
+    mark = recipe.run_dir / ".running"
+    mark.unlink(missing_ok=True)
+    os.environ[_RUNNING] = str(mark.resolve())
+    try:
+        code = run_process(module_of(recipe.stage), words, lock, lambda _seconds: None)
+    finally:
+        del os.environ[_RUNNING]
+    ended_by_itself = not mark.exists()
+    mark.unlink(missing_ok=True)
+    return code if code != 1 or ended_by_itself else EXIT_TRY_AGAIN
 
 
 def run(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> int:
@@ -40,7 +76,7 @@ def run(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> int:
             if restart and "--resume" not in words and can_resume(recipe):
                 words.append("--resume")
             start = time.monotonic()
-            code = run_process(module_of(recipe.stage), words, lock, lambda _seconds: None)
+            code = _run_once(recipe, words, lock)
             if code not in (EXIT_TRY_AGAIN, *_KILLED) or restart == max_restarts:
                 return code
             # At once after hours of work, later and later when it does not get far.

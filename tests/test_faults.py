@@ -205,7 +205,7 @@ def test_a_run_whose_raylet_is_killed_is_restarted_and_ends_as_an_unbroken_one(
     os.kill(raylets[0].pid, signal.SIGKILL)
     code, output = command.finish()
     assert code == 0, output
-    assert "stopped: the raylet" in output and f"exit code {EXIT_TRY_AGAIN}; started again (1 of 1)" in output
+    assert f"exit code {EXIT_TRY_AGAIN}; started again (1 of 1)" in output  # who saw it first, we or Ray, is chance
     assert command.left_behind() == []
     assert [line["step"] for line in metrics(out)] == [1, 2, 3]
     weights = [directory / "checkpoints/latest/model.safetensors" for directory in (out, tmp_path / "calm")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,35 @@ def test_what_somebody_has_to_mend_or_has_wished_is_not_tried_again(
 ) -> None:
     seen = ends(monkeypatch, code)
     assert main(file, "--max-restarts=3") == code and len(seen) == 1
+
+
+def test_what_native_code_ended_is_tried_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = ends(monkeypatch, 1, 0)
+    scripted = restarts.run_process
+
+    def run_process(*arguments: Any) -> int:
+        if not seen:  # the stage has begun, and Python has not ended it
+            Path(os.environ[restarts._RUNNING]).touch()
+        return scripted(*arguments)
+
+    monkeypatch.setattr(restarts, "run_process", run_process)
+    assert main(file, "--max-restarts", "2") == 0 and len(seen) == 2
+
+
+@pytest.mark.parametrize("error", [RunStopped("full"), ZeroDivisionError(), KeyboardInterrupt()])
+def test_a_stage_that_python_ends_says_so(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    mark = tmp_path / "mark"
+    monkeypatch.setenv(restarts._RUNNING, str(mark))
+
+    def run(recipe: Recipe, **_: Any) -> int:
+        assert mark.exists() and restarts._RUNNING not in os.environ
+        raise error
+
+    with suppress(ZeroDivisionError):
+        cli.run_stage("sft", run, [str(file)])
+    assert not mark.exists()
 
 
 def test_the_last_code_is_that_of_the_command(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
