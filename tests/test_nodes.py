@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from posttrain.ray_network import ALLOWED
 from posttrain.recipe import AlgorithmSection, GrpoRecipe, LearnerSection
 from posttrain.recipe_file import load_recipe
 from posttrain.types import Sample
@@ -52,7 +53,10 @@ def recipe(cluster: Any, policy_path: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.slow
-def test_two_ranks_and_two_samplers_on_two_nodes(recipe: GrpoRecipe, policy_path: Path) -> None:
+def test_two_ranks_and_two_samplers_on_two_nodes(
+    recipe: GrpoRecipe, policy_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ALLOWED, "1")  # both nodes are this machine, and the cluster lives as long as the test
     from posttrain import grpo, grpo_job
     from posttrain.interrupt import graceful_stop
     from posttrain.progress import Progress
