@@ -56,6 +56,8 @@ def test_the_cache_of_a_latent_is_that_of_the_paper() -> None:
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_30b_a3b", "moonlight_16b_a3b", "qwen2_5_distill"])
 def test_recipes_of_real_models_know_their_memory_offline(family: str) -> None:
     for path in (ROOT / "recipes" / family).glob("*.yaml"):
-        plan = describe(load_recipe(path))
+        recipe = load_recipe(path)
+        plan = describe(recipe)
         assert re.search(r"16 bytes a parameter for training = [\d.]+ [GT]iB", plan), path
-        assert "unknown until" not in plan
+        # What a pipeline's later stages start from is not there before the earlier ones have run.
+        assert recipe.stage == "pipeline" or "unknown until" not in plan
