@@ -19,7 +19,7 @@ from posttrain.recipe import (
     RecipeError,
     SamplerSection,
 )
-from posttrain.recipe_file import is_local_path, load_recipe, stage_recipe
+from posttrain.recipe_file import is_local_path, load_recipe, recipe_tree, stage_recipe, tree_paths
 
 RUNTIME = int(1.5 * GIB)  # of a process that has torch, transformers and Ray
 TRAINED = 16  # bytes a parameter: float32 weights, gradient and AdamW's two moments
@@ -70,7 +70,8 @@ def examine(recipe: Recipe) -> Iterator[Finding]:
 
 def _keys(recipe: Recipe) -> Iterator[Finding]:
     """Are the environment variables set that hold the keys of endpoints? Their values are not looked at."""
-    names = {value for key, value in _texts(recipe) if key.endswith("api_key_env")}
+    tree = recipe_tree(recipe)
+    names = {value for key, value in tree_paths(tree) if key.endswith("api_key_env") and isinstance(value, str)}
     for name in sorted(names):
         if os.environ.get(name):
             yield Finding("ok", "api key", f"{name} is set")
@@ -83,21 +84,6 @@ def _remote_code(recipe: Recipe) -> Iterator[Finding]:
     if model is not None and model.trust_remote_code:
         text = f"trust_remote_code is on: code in {model.model_name_or_path} will run as you"
         yield Finding("warn", "remote code", text, "read that code, or leave the key out")
-
-
-def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text of a recipe with the name of its key."""
-    if isinstance(value, Recipe) or hasattr(type(value), "model_fields"):
-        for name in type(value).model_fields:  # type: ignore[attr-defined]
-            yield from _texts(getattr(value, name), name)
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _texts(inner, str(name))
-    elif isinstance(value, tuple | list):
-        for inner in value:
-            yield from _texts(inner, key)
-    elif isinstance(value, str):
-        yield key, value
 
 
 def _model(recipe: Recipe) -> ModelSection | None:

@@ -113,6 +113,18 @@ def recipe_tree(recipe: Recipe) -> dict[str, Any]:
     return tree
 
 
+def tree_paths(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key path of a `recipe_tree`, sections and lists included, with what stands there."""
+    if key:
+        yield key, tree
+    if isinstance(tree, Mapping):
+        for name, inner in tree.items():
+            yield from tree_paths(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list):
+        for index, inner in enumerate(tree):
+            yield from tree_paths(inner, f"{key}.{index}")
+
+
 def module_of(stage: str) -> str:
     """What `python -m` runs for a stage."""
     return "eval" if stage == "eval" else f"posttrain.{stage}"

@@ -21,7 +21,7 @@ from posttrain.disk import warn
 from posttrain.errors import RunStopped
 from posttrain.fingerprints import Change, Snapshot, changes, neutral_recipe, quick_digest
 from posttrain.recipe import RECIPES, Recipe, RecipeError
-from posttrain.recipe_file import load_recipe, nearest
+from posttrain.recipe_file import load_recipe, nearest, tree_paths
 from posttrain.run_dir import RunDir
 from posttrain.stage_inputs import find_inputs
 
@@ -199,7 +199,7 @@ def _told_apart(before: Snapshot, now: Snapshot) -> list[Change]:
 
 def _contents(look: Snapshot) -> dict[str, tuple[str, str]]:
     """Of keys that name one file or directory and nothing else: its hash, and the function in it that is meant."""
-    whole = dict(_paths(look.recipe))
+    whole = dict(tree_paths(look.recipe))
     return {
         row["key"]: (row["sha256"], row["name"].rpartition(".py:")[2] if ".py:" in row["name"] else "")
         for row in look.inputs
@@ -228,22 +228,10 @@ def _before(progress: Mapping[str, Any], recipe: Recipe, run_dir: RunDir, now: S
 def _require_known(allowed: Sequence[str], before: Snapshot, now: Snapshot) -> None:
     known = {row["key"] for row in (*before.inputs, *now.inputs)}
     for look in (before, now):
-        known |= {key for key, _ in _paths(look.recipe)}
+        known |= {key for key, _ in tree_paths(look.recipe)}
     for key in allowed:
         if key not in known:
             raise RecipeError(f"--allow-change: {key!r} is no key of this recipe{nearest(key, known)}")
-
-
-def _paths(value: Any, key: str = "") -> Iterable[tuple[str, Any]]:
-    """Every key of a recipe, sections included, with what it holds."""
-    if key:
-        yield key, value
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _paths(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _paths(inner, f"{key}.{index}")
 
 
 def _is_below(key: str, place: str) -> bool:

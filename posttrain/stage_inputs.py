@@ -8,14 +8,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from posttrain.recipe import Recipe
-from posttrain.recipe_file import is_local_path, recipe_tree
+from posttrain.recipe_file import is_local_path, recipe_tree, tree_paths
 from rewards.resolve import ENTRY_POINTS
 
 RUN_DIR = "{run_dir}"
@@ -43,8 +41,10 @@ def find_inputs(recipe: Recipe, run_dir: Path) -> tuple[Input, ...]:
         run_dir: of the pipeline.
     """
     found: list[Input] = []
-    for key, text in _texts(recipe_tree(recipe)):
-        if key not in NO_INPUTS and len(text) <= LONGEST_PATH and "\n" not in text and "\0" not in text:
+    for key, text in tree_paths(recipe_tree(recipe)):
+        if not isinstance(text, str) or key in NO_INPUTS:
+            continue
+        if len(text) <= LONGEST_PATH and "\n" not in text and "\0" not in text:
             found += _made(key, text, run_dir) or _given(key, text)
     return tuple(found)
 
@@ -54,18 +54,6 @@ def neutral(text: str, run_dir: Path) -> str:
     for home in dict.fromkeys((os.path.abspath(run_dir), str(run_dir))):
         text = re.sub(rf"(?<![\w./-]){re.escape(home)}(?=/|$)", lambda _: RUN_DIR, text)
     return text
-
-
-def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every string of a recipe with its key path, in sections, lists and free-form options alike."""
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _texts(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, Sequence):
-        for index, inner in enumerate(value):
-            yield from _texts(inner, f"{key}.{index}")
 
 
 def _made(key: str, text: str, run_dir: Path) -> list[Input]:
