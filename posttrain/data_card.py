@@ -14,7 +14,7 @@ from rich.table import Table
 
 from data.clean import EXAMPLES
 from posttrain.distill_data import Problem
-from posttrain.distill_output import sha256
+from posttrain.distill_output import RowWriter, sha256
 from posttrain.run_dir import write_atomically
 from posttrain.selection import REASONS, Answer, Funnel
 
@@ -39,13 +39,14 @@ class Counts:
         self.versions.update(dict.fromkeys(answer.generation.teacher_version for answer in answers))
 
 
-def make_card(job: DistillJob, counts: Counts, file: Path) -> dict[str, Any]:
+def make_card(job: DistillJob, counts: Counts, file: Path, pairs: RowWriter | None = None) -> dict[str, Any]:
     """The card as JSON.
 
     Args:
         job: whose answers were counted.
         counts: of all of them.
         file: the dataset.
+        pairs: what wrote the preference pairs, where there are any.
     """
     recipe, teacher, problems = job.recipe, job.teacher, job.problems
     return {
@@ -73,6 +74,7 @@ def make_card(job: DistillJob, counts: Counts, file: Path) -> dict[str, Any]:
         "rows": dict(counts.rows),
         "usage": job.usage(),
         "file": {"name": file.name, "rows": counts.rows.total(), "sha256": sha256(file)},
+        "pairs": {"name": pairs.path.name, "rows": pairs.count, "sha256": sha256(pairs.path)} if pairs else None,
         "contaminated": [asdict(example) for example in problems.contaminated[:EXAMPLES]],
     }
 
@@ -176,6 +178,9 @@ def markdown(card: Mapping[str, Any]) -> str:
         "",
         *_table(("kind", "rows"), list(card["rows"].items())),
     ]
+    if card["pairs"] is not None:
+        file = card["pairs"]
+        lines += ["", f"Beside them {file['rows']:,} preference pairs: `{file['name']}`, SHA-256 `{file['sha256']}`."]
     if card["contaminated"]:
         lines += [
             "",

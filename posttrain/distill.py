@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from posttrain.cli import run_stage
 from posttrain.data_card import Counts, make_card, show, write_card
 from posttrain.distill_data import load_problems, write_contaminated
 from posttrain.distill_output import RowWriter, dataset_rows, dataset_schema, generation_row, generations_schema
+from posttrain.distill_pairs import pair_rows, pairs_schema
 from posttrain.distill_recipe import DistillRecipe
 from posttrain.endpoint_teacher import require_key
 from posttrain.errors import RunStopped
@@ -79,18 +80,21 @@ def write(job: DistillJob) -> tuple[dict[str, Any], list[Path]]:
     """
     recipe, directory = job.recipe, job.run_dir.path
     other = "jsonl" if recipe.output.format == "parquet" else "parquet"
-    (directory / f"dataset.{other}").unlink(missing_ok=True)  # of an earlier recipe of this directory
+    suffix, per_prompt = recipe.output.format, recipe.output.pairs_per_prompt
+    for name in (f"dataset.{other}", f"pairs.{other}", *(() if per_prompt else (f"pairs.{suffix}",))):
+        (directory / name).unlink(missing_ok=True)  # of an earlier recipe of this directory
     labels = [reward.label for reward in recipe.rewards]
     selector = Selector(recipe.rejection, recipe.selection, job.problems.decontaminator)
     counts = Counts()
-    dataset = RowWriter(directory / f"dataset.{recipe.output.format}", dataset_schema(labels))
+    dataset = RowWriter(directory / f"dataset.{suffix}", dataset_schema(labels))
+    pairs = RowWriter(directory / f"pairs.{suffix}", pairs_schema()) if per_prompt else None
     generations = RowWriter(directory / "samples" / "generations.parquet", generations_schema(labels))
     common = {
         "teacher_kind": job.teacher.kind,
         "sampling": json.dumps(dict(job.teacher.sampling)),
         "system_prompt": recipe.generation.system_prompt,
     }
-    with dataset, generations:
+    with dataset, generations, pairs or nullcontext():
         for problem in job.problems.asked:
             answers = selector.decide(problem, job.judged_answers(problem))
             rows = dataset_rows(problem, answers, recipe)
@@ -99,8 +103,11 @@ def write(job: DistillJob) -> tuple[dict[str, Any], list[Path]]:
                 dataset.write(row)
             for answer in answers:
                 generations.write(generation_row(problem, answer, labels, common))
-    card = make_card(job, counts, dataset.path)
-    written = [dataset.path, generations.path, *write_card(directory, card)]
+            if pairs is not None:
+                for row in pair_rows(problem, answers, per_prompt):
+                    pairs.write(row)
+    card = make_card(job, counts, dataset.path, pairs)
+    written = [dataset.path, *([pairs.path] if pairs else []), generations.path, *write_card(directory, card)]
     if not dataset.count:
         raise RunStopped(
             f"not one of {counts.funnel.generated} answers is kept: see the reasons in {directory / 'data_card.md'}, change "

@@ -71,7 +71,11 @@ def _kept(recipe: DistillRecipe) -> list[str]:
         sets = ", ".join(map(_name, section.decontamination.datasets))
         lines.append(f"            nothing of {sets} ({section.decontamination.ngram} words in a row)")
     rows = ", ".join(recipe.output.kinds)
-    return [*lines, f"file        dataset.{recipe.output.format}, rows: {rows}"]
+    lines.append(f"file        dataset.{recipe.output.format}, rows: {rows}")
+    if recipe.output.pairs_per_prompt:
+        most = recipe.output.pairs_per_prompt
+        lines.append(f"            pairs.{recipe.output.format}, at most {most} pairs of a prompt: right over wrong")
+    return lines
 
 
 def _name(section: DatasetSection) -> str:

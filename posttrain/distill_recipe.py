@@ -182,6 +182,9 @@ class OutputSection(Section):
     # response>, once for a prompt with a kept answer (DeepSeek-V3, section 5.1).
     kinds: Annotated[tuple[RowKind, ...], Field(min_length=1)] = ("response",)
     system_prompt: str | None = None  # of system_response; None: that of generation
+    # Preference pairs of a prompt, written beside the dataset for a reward model: an answer that is right over one that
+    # `rejection.correctness` rejects.
+    pairs_per_prompt: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _kinds_fit(self) -> OutputSection:
@@ -228,6 +231,11 @@ class DistillRecipe(Recipe):
         if unknown:
             choices = f"choose one of {', '.join(labels)}" if labels else "there are no rewards; add it to them"
             raise ValueError(f"rejection.correctness: {unknown[0]!r} is none of the rewards; {choices}")
+        if self.output.pairs_per_prompt and not self.rejection.correctness:
+            raise ValueError(
+                f"output.pairs_per_prompt={self.output.pairs_per_prompt} needs to know which answers are wrong; give a "
+                f"reward and its threshold in rejection.correctness, or set it to 0"
+            )
         if self.selection.pick == "best" and not any(reward.weight for reward in self.rewards):
             raise ValueError("selection.pick: best compares rewards, and none has a weight; add one, or pick shortest")
         return self

@@ -85,3 +85,8 @@ def test_every_recipe_key_is_documented() -> None:
     text = (ROOT / "docs/recipes.md").read_text()
     missing = {key.split(".")[-1] for recipe in RECIPES.values() for key in _key_paths(recipe)}
     assert not {key for key in missing if f"`{key}`" not in text}
+
+
+def test_no_benchmark_hides_a_package() -> None:
+    """`python benchmarks/x.py` looks for modules beside x.py first."""
+    assert not [path for path in (ROOT / "benchmarks").iterdir() if path.stem in OURS]

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from stage_commands import REWARD, Command
 
+from data.pairs import file_pairs
 from posttrain.distill import main
 from posttrain.recipe import DatasetSection, RecipeError
 from posttrain.recipe_file import load_recipe
@@ -161,6 +162,7 @@ def test_nothing_kept_is_no_dataset(recorded: Path, tmp_path: Path, capsys: pyte
         ("selection.per_prompt=2", "with pick: all"),
         ("output.kinds=[response, response]", "'response'"),
         ("output.system_prompt=null", "system_response needs a text"),
+        ("output.pairs_per_prompt=2", "which answers are wrong"),
         ("sampler.num_workers=2", "remove the section"),
         ("datasets.0.worked_fraction=0.5", "has no meaning here"),
         ("selection.pik=all", "did you mean 'selection.pick'"),
@@ -218,7 +220,11 @@ def test_what_could_not_be_judged_is_not_wrong_and_is_judged_again(recorded: Pat
     judge = f"{{func: '{tmp_path}/outage.py:score', name: right, retries: 0, max_failed_fraction: 0.4}}"
     other = f"{{func: '{tmp_path}/outage.py:shortest', name: short, weight: 0}}"
     words = [str(recorded), f"output_dir={out}", "rejection={correctness: {right: 1}}", f"rewards=[{judge}]"]
-    assert main(words) == 0
+    assert main([*words, "output.pairs_per_prompt=3"]) == 0
+    pairs = file_pairs(str(out / "pairs.jsonl"), "train")
+    assert len(pairs) == 9 and all(pair.chosen[-1]["content"].endswith("</answer>") for pair in pairs)
+    assert {pair.rejected[-1]["content"] for pair in pairs} == {"<think>"}  # not those that nobody could judge
+    assert json.loads((out / "data_card.json").read_text())["pairs"]["rows"] == 9
     rows = rows_of(out / "samples/generations.parquet")
     away = [row for row in rows if row["reason"] == "unjudged"]
     assert len(away) == 9 and {row["status/right"] for row in away} == {"infrastructure"}
@@ -229,6 +235,7 @@ def test_what_could_not_be_judged_is_not_wrong_and_is_judged_again(recorded: Pat
     (tmp_path / "mended").touch()
     assert main([*words, "--resume"]) == 0
     assert len(calls.read_text().splitlines()) == 27 + 9  # only what was open
+    assert not (out / "pairs.jsonl").exists()
     reasons = json.loads((out / "data_card.json").read_text())["funnel"]["reasons"]
     assert reasons["correctness"] == {"first": 18, "any": 18} and "unjudged" not in reasons
 

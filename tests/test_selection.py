@@ -10,6 +10,7 @@ from data.clean import Decontaminator
 from data.records import Record
 from posttrain.data_card import funnel_of, kind_row
 from posttrain.distill_data import Problem, with_system_prompt
+from posttrain.distill_pairs import pair_rows
 from posttrain.recipe import RejectionSection, SelectionSection
 from posttrain.selection import REASONS, Answer, Funnel, Judgement, Selector, farthest, pick, reject
 from posttrain.teachers import Generation
@@ -169,6 +170,31 @@ def test_a_prompt_from_judging_to_picking() -> None:
         "prompts": 3, "generated": 8, "judged": 7, "correct": 5, "kept": 2, "prompts_with_a_kept_answer": 2,
     }  # fmt: skip
     assert list(found["reasons"]) == [name for name in REASONS if name in found["reasons"]]
+
+
+def test_pairs_of_a_prompt_by_hand() -> None:
+    """Right: 1, 4 (2 says the same as 1; 6 breaks a rule). Wrong: 0, 3 (cut off and wrong). Unjudged: 5."""
+    answers = [
+        answer("no", 0.0, number=0).without("correctness"),
+        answer("four", number=1),
+        answer("four", number=2).without("duplicate"),
+        answer("fo", 0.0, number=3).without("truncated").without("correctness"),
+        answer("it is four", number=4).without("not_picked"),
+        answer("?", 0.0, number=5, status="infrastructure").without("unjudged"),
+        answer("vier", number=6).without("language"),
+    ]
+
+    def made(limit: int) -> list[tuple[str, str]]:
+        rows = pair_rows(problem(), answers, limit)
+        assert all(row["chosen"][:-1] == row["rejected"][:-1] == list(problem().record.messages) for row in rows)
+        return [(row["chosen"][-1]["content"], row["rejected"][-1]["content"]) for row in rows]
+
+    assert made(1) == [("four", "no")]
+    assert made(9) == [("four", "no"), ("it is four", "fo")]
+    (first, second) = pair_rows(problem(), answers[:5], 2)
+    assert (first["chosen_id"], first["rejected_id"]) == ("p#1", "p#0") and second["rejected_id"] == "p#3"
+    assert first["id"] != second["id"]
+    assert pair_rows(problem(), answers[1:3], 9) == [] == pair_rows(problem(), answers[:1] + answers[5:], 9)
 
 
 def test_a_system_prompt_comes_first_and_loses_nothing() -> None:

@@ -1,6 +1,6 @@
 """What a call of each shipped rule reward costs: 1,000 different completions through the door that training uses.
 
-    python benchmarks/rewards.py [--quick]
+    python benchmarks/reward_speed.py [--quick]
 
 A completion is about 200 words of reasoning and an answer; half are right, and no two have the same text, so that no
 verdict comes from a cache. One call before the clock starts loads what the reward needs. `math_answer` has one row for
