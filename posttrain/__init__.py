@@ -22,7 +22,7 @@ The rooms:
                     episodes.py (turns to completions), episode_reward.py (their reward beside the others)
     distillation    distill_setup.py, distill_job.py (answers and judgements as they come), teachers.py, endpoint_teacher.py,
                     journal.py (what was paid for), selection.py (what is kept), distill_data.py, distill_output.py,
-                    data_card.py, distill_plan.py
+                    distill_pairs.py (for a reward model), data_card.py, distill_plan.py
     pipelines       pipeline_graph.py (who needs whom), pipeline_plan.py (what would run, and why), stage_inputs.py,
                     fingerprints.py (content hashes), stage_records.py (stage.json, what to do about a stage),
                     stage_process.py, pipeline_progress.py (time left), lineage.py
