@@ -1,7 +1,7 @@
 """Preference pairs of a policy's own answers: a right one over a wrong one to the same prompt, for a reward model.
 
 A reward model that judges a policy has to tell that policy's own answers apart (InstructGPT, section 3.4, has people rank
-them; DeepSeek-V3, section 5.2.1, trains its reward model from SFT checkpoints). Here a threshold on rewards says what is right.
+them; DeepSeek-V3, section 5.2.1, trains its reward model from SFT checkpoints). Here a threshold of a reward decides.
 """
 
 from __future__ import annotations
