@@ -8,12 +8,17 @@ import json
 import re
 import socket
 import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from openai_server import Scripted, body
+from port_scan import Neighbour
 from stage_commands import ROOT, Command, is_marked, run, write_grpo_recipe
 
 from posttrain.cli import run_stage
@@ -303,10 +308,28 @@ def listening(mark: str) -> set[tuple[str, str]]:
     return found
 
 
+def kinds_of(seen: set[tuple[str, str]]) -> str:
+    return " ".join(words for _, words in seen)
+
+
+@contextmanager
+def next_door() -> Iterator[Neighbour | None]:
+    """A neighbour, or None with a warning where there can be none."""
+    if reason := Neighbour.missing():
+        warnings.warn(f"no scan from another network namespace: {reason}", stacklevel=3)
+        yield None
+        return
+    with Neighbour() as neighbour:
+        yield neighbour
+
+
 def is_private(address: str) -> bool:
     found = ipaddress.ip_address(address)
     mapped = getattr(found, "ipv4_mapped", None)
     return (mapped or found).is_loopback
+
+
+PARTS = ("raylet", "gcs_server", "_SamplerActor", "_RankActor")
 
 
 @pytest.mark.slow
@@ -322,16 +345,24 @@ def test_a_running_grpo_job_listens_on_loopback_alone_and_writes_no_secret(
     reward.write_text(f"import os\n{reward.read_text().replace('    return', told)}")
     # The first minibatch throws the weights away; the second cannot be computed any more.
     words = (f"output_dir={out}", "max_steps=1", "learner.num_workers=2", "optimizer.learning_rate=1e30")
-    command = Command("posttrain.grpo", str(recipe), *words)
     seen: set[tuple[str, str]] = set()
-    end = time.monotonic() + 300
-    while command.process.poll() is None and time.monotonic() < end:
-        seen |= listening(command.mark)
-        time.sleep(0.5)
-    _, output = command.finish()
-    kinds = " ".join(words for _, words in seen)
-    assert all(name in kinds for name in ("raylet", "gcs_server", "_SamplerActor", "_RankActor")), (kinds, output)
+    with ThreadPoolExecutor(1) as pool, next_door() as neighbour, socket.create_server(("", 0)) as known:
+        before = neighbour.open_ports() if neighbour else set()
+        known_port = known.getsockname()[1]
+        command = Command("posttrain.grpo", str(recipe), *words)
+        scan: Future[set[tuple[str, int]]] | None = None
+        end = time.monotonic() + 300
+        while command.process.poll() is None and time.monotonic() < end:
+            seen |= listening(command.mark)
+            if neighbour and scan is None and all(name in kinds_of(seen) for name in PARTS):
+                scan = pool.submit(neighbour.open_ports)
+            time.sleep(0.5)
+        _, output = command.finish()
+    assert all(name in kinds_of(seen) for name in PARTS), (seen, output)
     assert not {(address, words) for address, words in seen if not is_private(address)}
+    if neighbour:  # what every other machine finds: all that was there before, one port that we left open, nothing else
+        assert scan is not None and known_port in {port for _, port in before}
+        assert scan.result() <= before
 
     logs = {path.name: path.read_text() for path in (out / "logs" / "ray").iterdir()}
     for kind in (r"sampler-\d+\.log", r"where\.txt", r"raylet\.log"):
