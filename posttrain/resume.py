@@ -33,7 +33,15 @@ ROWS_PER_STEP = "rows_per_step"  # among the keys: rows of an optimizer step, al
 
 # Keys that cannot change what a run learns, and what is below them; `*` is one name or number.
 _WRITING = ("stage", "run_name", "output_dir", "report_to", "checkpoint")
-_REWARD = ("retries", "max_failed_fraction", "max_processes", "max_concurrency", "batch_size", "num_workers")
+_REWARD = (
+    "retries",
+    "max_failed_fraction",
+    "max_processes",
+    "max_workers",
+    "max_concurrency",
+    "batch_size",
+    "num_workers",
+)
 FREE: Mapping[str, Sequence[str]] = {
     "sft": (
         *_WRITING,

@@ -32,10 +32,13 @@ def build_limits(section: RewardSection, form: Form) -> Limits:
     """What the function may do."""
     # CUDA reserves far more addresses than memory, and addresses are what the limit is on.
     is_unbounded = bool(section.num_gpus) and "max_memory_gib" not in section.model_fields_set
+    # Each process would have to hold the model once more.
+    is_single = bool(section.num_gpus) and "max_workers" not in section.model_fields_set
     return Limits(
         timeout_seconds=section.timeout_seconds or TIMEOUTS[form],
         max_memory_gib=None if is_unbounded else section.max_memory_gib,
         max_processes=section.max_processes,
+        max_workers=1 if is_single else section.max_workers,
         max_concurrency=section.max_concurrency,
         batch_size=section.batch_size,
         retries=section.retries,

@@ -228,6 +228,7 @@ class RewardSection(Section):
     max_failed_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.5  # of a step's completions; beyond it the run stops
     max_memory_gib: Positive | None = 4.0  # of one process, beyond its imports; None is no limit
     max_processes: PositiveInt = 32
+    max_workers: PositiveInt = 4  # processes that judge at the same time, while calls hang in the others
     max_concurrency: PositiveInt = 32  # async: calls at a time in one process
     batch_size: PositiveInt = 64  # batched: completions in a call
     num_workers: PositiveInt = 1  # Ray actors

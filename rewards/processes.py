@@ -38,8 +38,22 @@ def descendants(pid: int) -> list[int]:
 
 def is_zombie(pid: int) -> bool:
     """Dead and not yet reaped, or gone."""
+    return _state(f"/proc/{pid}/stat") in "ZX"
+
+
+def is_working(pid: int) -> bool:
+    """Whether one of its threads is on a processor, waits for one, or waits for a disk."""
     try:
-        status = Path(f"/proc/{pid}/stat").read_text()
+        tasks = os.listdir(f"/proc/{pid}/task")
     except (FileNotFoundError, ProcessLookupError):
-        return True
-    return status.rpartition(")")[2].split()[0] in "ZX"
+        return False
+    return any(_state(f"/proc/{pid}/task/{task}/stat") in "RD" for task in tasks)
+
+
+def _state(path: str) -> str:
+    """The letter that the kernel gives to a process or thread; X when it is gone."""
+    try:
+        status = Path(path).read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+    return status.rpartition(")")[2].split()[0]

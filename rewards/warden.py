@@ -3,39 +3,33 @@
     driver or Ray actor: Warden -> zygote (module imported) -> worker (calls the function)
 
 A worker that hangs, dies, or starts too many processes is killed with everything it started, and forked anew; the call that
-did it is known by what the worker said before. Nothing here trusts the function to come back.
+did it is known by what the worker said before. Nothing here trusts the function to come back: when a call is silent for long,
+another worker goes on with those behind it. The processes themselves are `rewards.crew`'s.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
-import select
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
 from posttrain.types import RewardResult, RewardStatus
-from rewards.errors import RewardError
-from rewards.processes import descendants
+from rewards.crew import Crew, Worker
+from rewards.processes import descendants, is_working
 from rewards.scoring import Item, RewardFunction
-from rewards.worker import Call
+from rewards.worker import CHUNK, Call
 from rewards.zygote import Bounds
 
-START_SECONDS = 180.0  # for the reward's imports
-CHUNK = 64  # calls sent to a plain worker at once
 GRACE = 1.0  # seconds that an async worker has, after a time limit of its own, to say so
 WARM_UP = 20.0  # seconds more for the very first call, which may have to import what all others then share
-LOOK = 0.2  # seconds between two looks at what the worker has started
+LOOK = 0.1  # seconds of silence before a worker is looked at, and between two looks
+LATE = 4.0  # times what a call usually takes: then another worker goes on, unless this one computes ...
+LATE_SHARE = 0.25  # ... and has this share of its time limit left behind
 CRASHES = 2  # deaths of a worker at the same call before the call is to blame
-BOOT = "import sys; sys.path[:] = {path!r}; from rewards.zygote import main; main({number})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +39,18 @@ class Limits:
     timeout_seconds: float = 10.0  # of one call
     max_memory_gib: float | None = 4.0  # of its process, beyond what importing takes; None is no limit
     max_processes: int = 32  # that it may have running
+    max_workers: int = 4  # processes that judge at the same time, while calls hang in the others; 1 waits for each call
     max_concurrency: int = 32  # calls of an async reward at a time
     batch_size: int = 64  # completions in a call of a batched reward
     retries: int = 2  # after a failure of the infrastructure
     on_timeout: float = 0.0  # score of a completion for which judging took too long
     on_crash: float = 0.0  # score of a completion that brings the judge down
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_workers, bool) or not isinstance(self.max_workers, int) or self.max_workers < 1:
+            raise ValueError(
+                f"max_workers must be a whole number of at least 1, got {self.max_workers!r}; 1 is one call after the other"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +101,12 @@ class Warden:
     def __init__(self, function: RewardFunction, limits: Limits | None = None) -> None:
         self._function = function
         self._limits = limits or Limits()
-        self._zygote: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
-        self._worker: Connection | None = None
-        self._worker_pid = 0
-        self._forks = 0
+        memory = self._limits.max_memory_gib
+        bounds = Bounds(self._limits.timeout_seconds, None if memory is None else int(memory * 2**30))
+        self._crew: Crew[_Attempt] = Crew(function, bounds)
+        self._is_async = function.form == "async"
         self._has_answered = False
+        self._usual = 0.0  # seconds of a call, a running mean of those that were answered
 
     def __enter__(self) -> Warden:
         return self
@@ -126,36 +127,25 @@ class Warden:
         """
         calls = list(self._calls(groups))
         work = _Work([None] * sum(len(group) for group in groups), deque(_Attempt(call) for call in calls))
-        forks = self._forks
-        while work.queue:
-            chunk = self._next_chunk(work.queue)
-            try:
-                self._ensure_worker()
-                unfinished, cause = self._run(chunk, work)
-            except (BrokenPipeError, ConnectionError) as error:
-                unfinished, cause = chunk, f"infrastructure: {error}"
-                self._restart()
-            self._judge_unfinished(unfinished, cause, work)
-        work.counts["strays"] += self._command(b"s").get("strays", 0) if self._zygote else 0
-        work.counts["restarts"] = max(0, self._forks - max(forks, 1))
+        hired, strays = self._crew.hired, self._crew.strays
+        try:
+            while work.queue or self._crew.busy():
+                self._step(work)
+            self._crew.tidy()
+        except ConnectionError:
+            self._crew.close()  # everything is judged; the next use starts a new one
+        except BaseException:  # answers to these calls are not to be taken for answers to later ones
+            self._crew.close()
+            raise
+        work.counts["strays"] = self._crew.strays - strays
+        work.counts["restarts"] = max(0, self._crew.hired - max(hired, 1))
         results = tuple(result for result in work.results if result is not None)
         assert len(results) == len(work.results)
         return Report(results, {name: work.counts[name] for name in EVENTS}, work.seconds, work.complaint)
 
     def close(self) -> None:
         """End all processes."""
-        if self._worker is not None:
-            self._worker.close()
-        if self._control is not None:
-            self._control.close()  # the zygote kills what is left, and ends
-        if self._zygote is not None:
-            try:
-                self._zygote.wait(20)
-            except subprocess.TimeoutExpired:
-                self._zygote.kill()
-                self._zygote.wait()
-        self._worker = self._control = self._zygote = None
-        self._worker_pid = 0
+        self._crew.close()
 
     # --- calls ---------------------------------------------------------------------------------------------------------
 
@@ -176,48 +166,113 @@ class Warden:
     def _next_chunk(self, queue: deque[_Attempt]) -> list[_Attempt]:
         if queue[0].alone:
             return [queue.popleft()]
-        size = self._limits.max_concurrency if self._function.form == "async" else CHUNK
+        size = self._limits.max_concurrency if self._is_async else CHUNK
         chunk: list[_Attempt] = []
         while queue and len(chunk) < size and not queue[0].alone:
             chunk.append(queue.popleft())
         return chunk
 
-    def _run(self, chunk: list[_Attempt], work: _Work) -> tuple[list[_Attempt], str]:
-        """Send a chunk and take in what comes back. Returns the attempts without an answer, and why there is none."""
-        assert self._worker is not None
-        waiting = dict(enumerate(chunk))
-        self._worker.send_bytes(pickle.dumps([attempt.call for attempt in chunk]))
-        is_async = self._function.form == "async"
-        limit = self._limits.timeout_seconds + (GRACE if is_async else 0.0)
-        deadline = time.monotonic() + limit + (0.0 if self._has_answered else WARM_UP)
-        while True:
-            left = deadline - time.monotonic()
-            if not self._worker.poll(max(0.0, min(LOOK, left))):
-                if left <= 0:
-                    self._kill_worker(work)
-                    return list(waiting.values()), "timeout"
-                if len(descendants(self._worker_pid)) > 8 * self._limits.max_processes:
-                    self._kill_worker(work)
-                    return list(waiting.values()), f"death: more than {8 * self._limits.max_processes} processes"
-                continue
-            try:
-                answer = json.loads(self._worker.recv_bytes())
-            except (EOFError, OSError, ValueError):
-                self._kill_worker(work)
-                return list(waiting.values()), "death: its process ended"
-            self._has_answered = True
-            if answer.get("imported"):
-                names = json.dumps(answer["imported"]).encode()
-                self._command(b"i", len(names).to_bytes(8, "big") + names)
-            if "resident" in answer:
-                self._look_after(answer["resident"], work)
-                return [], ""
-            if answer.get("error") == "memory":  # perhaps the fault of the calls before; they are not to spoil the next
-                self._kill_worker(work)
-                return [waiting.pop(answer["call"]), *waiting.values()], "memory: out of memory"
-            self._take(waiting.pop(answer["call"]), answer, work)
-            if not is_async:  # calls of an async reward run side by side and started together
-                deadline = time.monotonic() + limit
+    def _step(self, work: _Work) -> None:
+        """Give out calls, and take in what there is or see to those who are silent."""
+        try:
+            self._hand_out(work)
+            for worker in self._crew.wait(self._until_next_look()):
+                self._hear(worker, work)
+            self._look(work)
+        except ConnectionError as error:  # the zygote is lost, and with it all workers
+            unfinished = [attempt for worker in self._crew.busy() for attempt in worker.give_up()]
+            self._crew.close()
+            self._judge_unfinished(unfinished, f"infrastructure: {error}", work)
+
+    def _hand_out(self, work: _Work) -> None:
+        """Give calls to a worker, if none is at work but such as are late."""
+        workers = self._crew.workers
+        if not work.queue or any(worker.is_busy and not worker.is_late for worker in workers):
+            return
+        idle = [worker for worker in workers if not worker.is_busy]
+        if work.queue[0].deaths:  # what others used up is not to be held against it again
+            for worker in [worker for worker in idle if worker.answers]:
+                self._crew.kill(worker)
+            idle = [worker for worker in idle if not worker.answers]
+        if not idle and len(workers) >= self._limits.max_workers:
+            return
+        worker = idle[0] if idle else self._crew.hire()
+        chunk = self._next_chunk(work.queue)
+        try:
+            worker.send([attempt.call for attempt in chunk], chunk, one_by_one=not self._is_async)
+        except OSError as error:
+            self._end(worker, f"infrastructure: {error}", work)
+            return
+        worker.look_at = worker.since + LOOK
+        if self._crew.hired > 1:  # a reward that has needed another one may do so again
+            self._crew.prepare()
+
+    def _hear(self, worker: Worker[_Attempt], work: _Work) -> None:
+        """Take in one message of a worker."""
+        try:
+            answer = json.loads(worker.connection.recv_bytes())
+            attempt = None if "resident" in answer else worker.waiting[answer["call"]]
+        except (EOFError, OSError, ValueError, KeyError):
+            self._end(worker, "death: its process ended", work)
+            return
+        self._has_answered = True
+        if answer.get("imported"):
+            self._crew.learn(answer["imported"])
+        if attempt is None:
+            worker.is_busy = worker.is_late = False
+            if worker.waiting:
+                self._end(worker, "death: it lost what it was to judge", work)
+            else:
+                self._look_after(worker, answer["resident"], work)
+            return
+        del worker.waiting[answer["call"]]
+        if answer.get("error") == "memory":  # perhaps the fault of the calls before; they are not to spoil the next
+            worker.waiting = {answer["call"]: attempt, **worker.waiting}
+            self._end(worker, "memory: out of memory", work)
+            return
+        if not self._is_async:  # calls of an async reward run side by side and started together
+            worker.since = time.monotonic()
+            worker.is_late = False
+        worker.look_at = time.monotonic() + LOOK
+        if worker.answers:  # the first one may have to load something
+            self._usual += (answer.get("seconds", 0.0) - self._usual) / 16
+        worker.answers += 1
+        self._take(attempt, answer, work)
+
+    def _until_next_look(self) -> float:
+        """Seconds."""
+        next_one = min((min(w.look_at, w.since + self._limit) for w in self._crew.busy()), default=0.0)
+        return next_one - time.monotonic()
+
+    @property
+    def _limit(self) -> float:
+        """Seconds that a worker may be silent."""
+        spare = (GRACE if self._is_async else 0.0) + (0.0 if self._has_answered else WARM_UP)
+        return self._limits.timeout_seconds + spare
+
+    def _look(self, work: _Work) -> None:
+        """End workers that have been silent for too long or started too much, and let others go on where one is late."""
+        now = time.monotonic()
+        for worker in self._crew.busy():
+            silent = now - worker.since
+            if silent >= self._limit and not worker.connection.poll(0):
+                self._end(worker, "timeout", work)
+            elif now >= worker.look_at:
+                worker.look_at = now + LOOK
+                tree = [worker.pid, *descendants(worker.pid)]
+                if len(tree) > 8 * self._limits.max_processes:
+                    self._end(worker, f"death: more than {8 * self._limits.max_processes} processes", work)
+                elif self._is_late(worker, silent, tree):
+                    worker.is_late = True
+                    work.queue.extendleft(reversed(worker.take_back()))
+
+    def _is_late(self, worker: Worker[_Attempt], silent: float, tree: Sequence[int]) -> bool:
+        """Whether others are to go on. What is only slow is waited for, lest it takes more processors than it was given."""
+        if self._is_async or self._limits.max_workers == 1 or not self._has_answered or worker.is_late:
+            return worker.is_late
+        if silent < max(LOOK, LATE * self._usual):
+            return False
+        return silent >= LATE_SHARE * self._limit or not any(map(is_working, tree))
 
     def _take(self, attempt: _Attempt, answer: dict[str, Any], work: _Work) -> None:
         work.seconds += answer.get("seconds", 0.0)
@@ -249,7 +304,7 @@ class Warden:
         if not unfinished:
             return
         kind, _, detail = cause.partition(": ")
-        if self._function.form == "async" and len(unfinished) > 1:
+        if self._is_async and len(unfinished) > 1:
             # Which of those that ran side by side is to blame shows when each runs alone.
             work.queue.extendleft(_Attempt(a.call, a.deaths, a.outages, alone=True) for a in reversed(unfinished))
             return
@@ -296,74 +351,14 @@ class Warden:
 
     # --- processes -----------------------------------------------------------------------------------------------------
 
-    def _ensure_worker(self) -> None:
-        if self._zygote is None or self._zygote.poll() is not None:
-            self._restart()
-        if self._worker is None:
-            ours, theirs = socket.socketpair()
-            assert self._control is not None
-            socket.send_fds(self._control, [b"f"], [theirs.fileno()])
-            theirs.close()
-            self._worker_pid = self._answer()["pid"]
-            self._worker = Connection(ours.detach())
-            self._forks += 1
+    def _end(self, worker: Worker[_Attempt], cause: str, work: _Work) -> None:
+        """Kill a worker, and judge what it owes."""
+        self._judge_unfinished(worker.give_up(), cause, work)
+        self._crew.kill(worker)
 
-    def _restart(self) -> None:
-        """A new zygote."""
-        self.close()
-        ours, theirs = socket.socketpair()
-        theirs.set_inheritable(True)
-        boot = BOOT.format(path=sys.path, number=theirs.fileno())
-        # Output of a reward goes where ours goes, but not to standard output, which may carry data.
-        self._zygote = subprocess.Popen(
-            [sys.executable, "-c", boot],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=2,
-            start_new_session=True,
-        )
-        theirs.close()
-        self._control = ours
-        limits = self._limits
-        memory = None if limits.max_memory_gib is None else int(limits.max_memory_gib * 2**30)
-        bounds = Bounds(limits.timeout_seconds, memory)
-        payload = pickle.dumps((self._function, bounds))
-        ours.sendall(len(payload).to_bytes(8, "big") + payload)
-        answer = self._answer()
-        if "error" in answer:
-            raise RewardError(f"reward {self._function.name!r} ({self._function.function}): {answer['error']}")
-
-    def _answer(self) -> dict[str, Any]:
-        """The zygote's next line."""
-        assert self._control is not None
-        line = b""
-        deadline = time.monotonic() + START_SECONDS
-        while not line.endswith(b"\n"):
-            ready, _, _ = select.select([self._control], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise RewardError(f"the process of reward {self._function.name!r} did not start in {START_SECONDS:g} s")
-            part = self._control.recv(65536)
-            if not part:
-                raise RewardError(f"the process of reward {self._function.name!r} ended; see its output above")
-            line += part
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def _command(self, command: bytes, argument: bytes = b"") -> dict[str, Any]:
-        assert self._control is not None
-        self._control.sendall(command)
-        self._control.sendall(argument)
-        return self._answer()
-
-    def _kill_worker(self, work: _Work) -> None:
-        if self._worker is not None:
-            self._worker.close()
-            self._worker, self._worker_pid = None, 0
-            work.counts["strays"] += self._command(b"k")["strays"]
-
-    def _look_after(self, resident: int, work: _Work) -> None:
+    def _look_after(self, worker: Worker[_Attempt], resident: int, work: _Work) -> None:
         """Replace a worker that has grown, before it fails somebody's call."""
         limit = self._limits.max_memory_gib
-        if (limit and resident > limit * 2**30 / 2) or len(descendants(self._worker_pid)) > self._limits.max_processes:
+        if (limit and resident > limit * 2**30 / 2) or len(descendants(worker.pid)) > self._limits.max_processes:
             work.counts["recycled"] += 1
-            self._kill_worker(work)
+            self._crew.kill(worker)

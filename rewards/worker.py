@@ -1,7 +1,7 @@
 """A process that runs a reward function, forked by `rewards.zygote` and watched by `rewards.warden`.
 
 It gets a list of calls at a time and says after each what came of it, so that the one that never ends can be told from the
-others.
+others. Before each call it draws its number from a pipe, where the warden can draw it too: then the call is another worker's.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from posttrain.types import RewardResult
 from rewards.errors import RewardError, Unavailable
 from rewards.scoring import Item, RewardFunction
 
+CHUNK = 64  # calls of a plain reward sent to a worker at once
 OUTAGES = (Unavailable, ConnectionError)  # nothing is known about the completion
 
 
@@ -37,8 +38,11 @@ class Call:
     items: tuple[Item, ...]
 
 
-def serve(connection: Connection, function: RewardFunction, timeout_seconds: float) -> None:
+def serve(connection: Connection, tickets: int, function: RewardFunction, timeout_seconds: float) -> None:
     """Answer until the other end closes. Requests are pickled lists of calls; answers are JSON objects.
+
+    The calls of a list that are to be made are those whose places in it can be read from `tickets`, a byte each, without
+    waiting; of an async reward all.
 
     For each call {"call", "results": [[score, status, detail], ...]} or {"call", "error", "detail"}; at the end of a list
     {"resident": bytes}. {"imported"} beside it are modules that calls have brought in, for the next worker to have.
@@ -59,14 +63,22 @@ def serve(connection: Connection, function: RewardFunction, timeout_seconds: flo
         if function.form == "async":
             asyncio.run(_serve_async(connection, function, calls, timeout_seconds))
         else:
-            for number, call in enumerate(calls):
+            while (number := _draw(tickets)) is not None:
                 start = time.perf_counter()
                 try:
-                    answer = _answer(function.score(call.items))
+                    answer = _answer(function.score(calls[number].items))
                 except BaseException as error:  # also SystemExit: whatever the plugin throws is its own
                     answer = _failure(error)
                 _send(connection, {"call": number, **answer, "seconds": time.perf_counter() - start, **news()})
         _send(connection, {"resident": resident_bytes(), **news()})
+
+
+def _draw(tickets: int) -> int | None:
+    """The number of the next call to make; None when there is no more."""
+    try:
+        return next(iter(os.read(tickets, 1)), None)
+    except BlockingIOError:
+        return None
 
 
 async def _serve_async(

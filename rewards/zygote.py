@@ -3,15 +3,16 @@
 It runs no reward itself and has one thread, so forking is safe. Processes that a reward leaves behind become its children
 (it is a subreaper), wherever they hid, and are killed.
 
-Over its control socket it gets one byte at a time: `f` fork (with the worker's end of a socket), `k` kill the worker and all
-its descendants, `s` sweep, `i` import modules that a worker turned out to need (their names follow). It answers each with a
-JSON line.
+Over its control socket it gets orders, a letter and a number each: `f` fork the worker of that number (with its end of a
+socket, and the tickets of its calls), `k` kill that worker and all its descendants, `s` sweep, `i` import modules that a
+worker turned out to need (so many bytes of names follow). It answers each with a JSON line.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -19,18 +20,22 @@ import pickle
 import resource
 import signal
 import socket
+import struct
 import sys
 import time
 import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from rewards.processes import children, descendants, is_zombie
 from rewards.worker import serve  # here, so that no worker has to import it
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+LIBC = ctypes.CDLL(None)  # found once: each page that a new worker touches first costs it microseconds
 MAX_SECONDS = 10.0  # to get rid of a tree of processes
+ORDER = struct.Struct("!cI")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,28 +54,35 @@ def main(number: int) -> None:
     try:
         function, bounds = pickle.loads(receive(control))
         function.warm_up()
+        gc.freeze()
     except BaseException as error:
         reply(control, {"error": "".join(traceback.format_exception_only(error)).strip()})
         return
     reply(control, {"ready": True})
-    worker = 0
+    workers: dict[int, int] = {}  # number -> pid
     while True:
-        command, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-        if command == b"f":
-            worker = _fork(control, descriptors[0], function, bounds)
-            reply(control, {"pid": worker})
-        elif command == b"k":
-            kill_tree(worker)
-            reply(control, {"strays": sweep(set())})
-            worker = 0
-        elif command == b"s":
-            reply(control, {"strays": sweep({worker})})
-        elif command == b"i":
-            reply(control, {"imported": _import(json.loads(receive(control)))})
-        else:  # closed
-            kill_tree(worker)
+        command, descriptors, _, _ = socket.recv_fds(control, ORDER.size, 2, socket.MSG_WAITALL)
+        if len(command) < ORDER.size:  # closed
+            for pid in workers.values():
+                kill_tree(pid)
             sweep(set())
             return
+        letter, number = ORDER.unpack(command)
+        if letter == b"f":
+            workers[number] = _fork(control, descriptors, function, bounds)
+            reply(control, {"pid": workers[number]})
+        elif letter == b"k":
+            kill_tree(workers.pop(number))
+            reply(control, {})
+        elif letter == b"s":
+            reply(control, {"strays": sweep(set(workers.values()))})
+        elif letter == b"i":
+            reply(control, {"imported": _import(json.loads(control.recv(number, socket.MSG_WAITALL)))})
+
+
+def order(letter: bytes, number: int = 0) -> bytes:
+    """What `main` understands."""
+    return ORDER.pack(letter, number)
 
 
 def _import(names: list[str]) -> int:
@@ -82,6 +94,7 @@ def _import(names: list[str]) -> int:
         except Exception:  # other people's modules may fail in any way
             continue
         count += 1
+    gc.freeze()  # else the first collection of each worker writes to, and so copies, all of them
     return count
 
 
@@ -96,16 +109,18 @@ def reply(control: socket.socket, answer: dict[str, Any]) -> None:
     control.sendall(json.dumps(answer).encode() + b"\n")
 
 
-def _fork(control: socket.socket, descriptor: int, function: Any, bounds: Bounds) -> int:
+def _fork(control: socket.socket, descriptors: list[int], function: Any, bounds: Bounds) -> int:
+    connection, tickets = descriptors
     pid = os.fork()
     if pid:
-        os.close(descriptor)
+        os.close(connection)
+        os.close(tickets)
         return pid
     code = 1
     try:
         control.close()
         confine(bounds.memory_bytes)
-        serve(Connection(descriptor), function, bounds.timeout_seconds)
+        serve(Connection(connection), tickets, function, bounds.timeout_seconds)
         code = 0
     finally:
         os._exit(code)  # not back into the zygote's loop, whatever happens
@@ -117,14 +132,13 @@ def confine(memory_bytes: int | None) -> None:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory_bytes is not None:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            size = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+        size = int(Path("/proc/self/statm").read_bytes().split()[0]) * os.sysconf("SC_PAGESIZE")
         resource.setrlimit(resource.RLIMIT_AS, (size + memory_bytes,) * 2)
 
 
 def prctl(option: int, value: int) -> None:
     """Linux's prctl, as far as it takes one number."""
-    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+    LIBC.prctl(option, value, 0, 0, 0)
 
 
 def kill_tree(pid: int) -> None:
@@ -149,9 +163,12 @@ def sweep(workers: set[int]) -> int:
     deadline = time.monotonic() + MAX_SECONDS
     while (found := set(children(os.getpid())) - workers) and time.monotonic() < deadline:
         for child in found:
-            if not is_zombie(child):
+            if is_zombie(child):
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(child, 0)
+            else:
                 strays.add(child)
-            kill_tree(child)
+                kill_tree(child)
     return len(strays)
 
 

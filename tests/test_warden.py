@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import psutil
 import pytest
 from stage_commands import is_marked
 
+from posttrain.recipe import RewardSection
+from posttrain.reward_setup import build_limits
 from rewards import Item, RewardError, RewardFunction
-from rewards.warden import Limits, Report, Warden
+from rewards.warden import EVENTS, Limits, Report, Warden
 
 NASTY = '''
 import asyncio, os, subprocess, sys, time
@@ -231,6 +234,149 @@ def test_a_warden_can_be_used_again_and_survives_the_loss_of_its_processes(nasty
         for process in psutil.Process().children(recursive=True):
             process.kill()
         assert statuses(warden.score(items(["fine"] * 3))) == ["ok"] * 3
+
+
+DIARY = """
+import os, time
+from rewards import grouped
+
+def act(text):
+    with open(os.environ["DIARY"], "a") as file:
+        file.write(f"{text} {os.getpid()} {time.monotonic()}\\n")
+    what, _, number = text.partition("-")
+    if what == "hang":
+        time.sleep(60)
+    if what == "wait":
+        time.sleep(0.8)
+    if what == "compute":
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            pass
+    if what == "spin":
+        while True:
+            pass
+    if what == "die":
+        os._exit(1)
+    return int(number) / 1000
+
+def single(completion, answer, **metadata):
+    return act(completion)
+
+@grouped
+def group(completions, answer, **metadata):
+    return [act(text) for text in completions]
+"""
+
+
+class Diary:
+    """What was judged by which process, and when."""
+
+    def __init__(self, directory: Path) -> None:
+        self.reward = directory / "diary.py"
+        self.reward.write_text(DIARY)
+        self.file = directory / "diary.txt"
+
+    def judge(self, kinds: Sequence[str], function: str = "single", size: int = 1, **limits: Any) -> Report:
+        texts = [f"{kind}-{number}" for number, kind in enumerate(kinds)]
+        groups = [[Item(text, None, {}) for text in texts[at : at + size]] for at in range(0, len(texts), size)]
+        with Warden(RewardFunction("diary", f"{self.reward}:{function}"), Limits(**limits)) as warden:
+            warden.score(items(["fine-0"]))
+            self.file.unlink()
+            return warden.score(groups)
+
+    def lines(self) -> list[list[str]]:
+        return [line.split() for line in self.file.read_text().splitlines()]
+
+    def times(self, kind: str) -> list[float]:
+        return [float(when) for text, _, when in self.lines() if text.startswith(kind)]
+
+    def judged(self) -> Counter[str]:
+        return Counter(text for text, _, _ in self.lines())
+
+
+@pytest.fixture
+def diary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Diary:
+    monkeypatch.setenv("DIARY", str(tmp_path / "diary.txt"))
+    return Diary(tmp_path)
+
+
+@pytest.mark.parametrize(("function", "size"), [("single", 1), ("group", 3)])
+def test_calls_that_hang_do_so_at_the_same_time(diary: Diary, function: str, size: int) -> None:
+    kinds = ["hang" if number in (5, 8, 100, 160) else "fine" for number in range(180)]
+    report = diary.judge(kinds, function, size, timeout_seconds=3.0)
+    late = {place // size for place, kind in enumerate(kinds) if kind == "hang"}
+    wrong = {place for place in range(180) if place // size in late}
+    assert {place for place, status in enumerate(statuses(report)) if status == "timeout"} == wrong
+    assert [r.score for r in report.results] == [0.0 if p in wrong else p / 1000 for p in range(180)]
+    assert set(diary.judged().values()) == {1}
+    assert len(diary.judged()) == 180 - (0 if size == 1 else 2)  # 101 and 161 are behind a hanging one in its group
+    starts = diary.times("hang")
+    assert max(starts) - min(starts) < 3.0
+    assert report.counts == dict.fromkeys(EVENTS, 0) | {"timeout": len(wrong), "restarts": report.counts["restarts"]}
+
+
+@pytest.mark.parametrize("max_workers", [1, 2])
+def test_no_more_hang_at_the_same_time_than_may(diary: Diary, max_workers: int) -> None:
+    report = diary.judge(["hang", "fine"] * 4, timeout_seconds=0.6, max_workers=max_workers)
+    assert statuses(report) == ["timeout", "ok"] * 4
+    starts = diary.times("hang")
+    assert all(late - early > 0.55 for early, late in zip(starts, starts[max_workers:], strict=False))
+    if max_workers == 1:
+        assert [text for text, _, _ in diary.lines()] == [f"{kind}-{n}" for n, kind in enumerate(["hang", "fine"] * 4)]
+        assert report.counts["restarts"] == 4
+
+
+def test_a_late_answer_counts_and_holds_nobody_up(diary: Diary) -> None:
+    report = diary.judge(["fine", "wait", *["fine"] * 100, "wait", "fine"], timeout_seconds=10.0)
+    assert [result.score for result in report.results] == [place / 1000 for place in range(104)]
+    assert not any(count for event, count in report.counts.items() if event != "restarts")
+    assert set(diary.judged().values()) == {1}
+    assert diary.times("fine-101")[0] - diary.times("wait-1")[0] < 0.8
+
+
+def test_what_computes_for_long_stays_in_one_process(diary: Diary) -> None:
+    report = diary.judge(["compute", "fine"] * 5, timeout_seconds=10.0)
+    assert set(statuses(report)) == {"ok"}
+    assert len({pid for _, pid, _ in diary.lines()}) == 1
+    assert report.counts["restarts"] == 0
+
+
+def test_what_computes_for_ever_holds_up_the_others_for_a_part_of_its_limit(diary: Diary) -> None:
+    report = diary.judge(["spin", "fine", "spin", "fine"], timeout_seconds=3.0)
+    assert statuses(report) == ["timeout", "ok"] * 2
+    assert set(diary.judged().values()) == {1}
+    first, second = diary.times("spin")
+    assert 0.7 < second - first < 3.0
+
+
+def test_a_death_beside_a_call_that_hangs_is_nobody_elses(diary: Diary) -> None:
+    kinds = ["fine", "hang", *["fine"] * 70, "die", "fine", "die", *["fine"] * 9, "hang"]
+    report = diary.judge(kinds, timeout_seconds=3.0)
+    assert statuses(report) == [{"fine": "ok", "hang": "timeout", "die": "crash"}[kind] for kind in kinds]
+    assert [r.score for r in report.results if r.status == "ok"] == [
+        p / 1000 for p, k in enumerate(kinds) if k == "fine"
+    ]
+    judged = diary.judged()
+    assert judged == {f"{kind}-{place}": 2 if kind == "die" else 1 for place, kind in enumerate(kinds)}
+    assert report.counts["retried"] == 2
+    assert max(diary.times("die")) - min(diary.times("hang")) < 3.0
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, True])
+def test_a_wrong_number_of_workers_is_refused(number: Any) -> None:
+    with pytest.raises(ValueError, match=f"max_workers must be a whole number of at least 1, got {number}"):
+        Limits(max_workers=number)
+    if number is not True:  # a recipe's numbers are YAML's
+        with pytest.raises(ValueError, match="max_workers"):
+            RewardSection(func="rewards.exact:score", max_workers=number)
+
+
+def test_a_recipe_says_how_many_may_judge_at_the_same_time() -> None:
+    def limits(**keys: Any) -> Limits:
+        return build_limits(RewardSection(func="rewards.exact:score", **keys), "single")
+
+    assert (limits().max_workers, limits(max_workers=7).max_workers) == (4, 7)
+    assert (limits(num_gpus=1).max_workers, limits(num_gpus=1, max_workers=2).max_workers) == (1, 2)
 
 
 LAZY = """
