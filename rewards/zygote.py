@@ -73,6 +73,7 @@ def main(number: int) -> None:
             reply(control, {"pid": workers[number]})
         elif letter == b"k":
             kill_tree(workers.pop(number))
+            reap(set(workers.values()))
             reply(control, {})
         elif letter == b"s":
             reply(control, {"strays": sweep(set(workers.values()))})
@@ -161,15 +162,21 @@ def sweep(workers: set[int]) -> int:
     """Kill and reap children that are not the workers: what plugins left behind. Returns how many still ran."""
     strays: set[int] = set()
     deadline = time.monotonic() + MAX_SECONDS
+    reap(workers)
     while (found := set(children(os.getpid())) - workers) and time.monotonic() < deadline:
         for child in found:
-            if is_zombie(child):
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(child, 0)
-            else:
+            if not is_zombie(child):
                 strays.add(child)
-                kill_tree(child)
+            kill_tree(child)
     return len(strays)
+
+
+def reap(workers: set[int]) -> None:
+    """Let go of children that have ended, but for workers: an order to kill may be on its way to those."""
+    for child in set(children(os.getpid())) - workers:
+        if is_zombie(child):
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(child, 0)
 
 
 if __name__ == "__main__":
