@@ -215,7 +215,8 @@ class Warden:
         except (EOFError, OSError, ValueError, KeyError):
             self._end(worker, "death: its process ended", work)
             return
-        self._has_answered = True
+        if "results" in answer:  # one that failed may not have come to what takes long the first time
+            self._has_answered = True
         if answer.get("imported"):
             self._crew.learn(answer["imported"])
         if attempt is None:

@@ -385,6 +385,8 @@ import os, sys
 def score(completion, answer, **metadata):
     if completion == "die":
         os._exit(1)
+    if completion == "raise":
+        raise ValueError("too early")
     if "slow_to_import" not in sys.modules:
         with open(os.environ["IMPORTS"], "a") as file:
             file.write("x")
@@ -402,6 +404,15 @@ def test_what_the_first_call_imports_its_successors_have(tmp_path: Path, monkeyp
     report = judge(tmp_path / "lazy.py", ["fine", "die", "fine", "die", "fine"], "score", warm=False)
     assert statuses(report) == ["ok", "crash", "ok", "crash", "ok"]
     assert (tmp_path / "imports").read_text() == "x"
+
+
+def test_a_first_call_that_fails_does_not_shorten_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(0.8)\nvalue = 0.5\n")
+    (tmp_path / "lazy.py").write_text(LAZY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("IMPORTS", str(tmp_path / "imports"))
+    report = judge(tmp_path / "lazy.py", ["raise", "fine", "fine"], "score", warm=False)
+    assert statuses(report) == ["crash", "ok", "ok"]
 
 
 def test_a_reward_that_cannot_be_imported_says_so(tmp_path: Path) -> None:
