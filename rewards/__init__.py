@@ -13,8 +13,8 @@ completions at once (see `rewards.forms`).
 Shipped: task_answer, math_answer, multiple_choice, reasoning_gym, instruction_following, exact, drop_f1, format,
 language_consistency, length, repetition, learned, code_tests, program_tests. `python -m rewards.check my_file.py:score`
 tries a function out.
-How one runs: `warden` (judging, time limits, who is to blame) over `crew` (processes), `zygote` (forks them) and `worker` (calls
-the function). From the project this package imports `posttrain.types`, and `data.tasks` for the scorers of generated tasks.
+How one runs: `warden` (judging, time limits, who is to blame) over `crew` (processes), `zygote` (forks them), `worker` (makes
+the calls). From the project this package imports `posttrain.types`, and `data.tasks` for the scorers of generated tasks.
 """
 
 from __future__ import annotations
