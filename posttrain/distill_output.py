@@ -80,15 +80,21 @@ def sha256(path: Path) -> str:
 # --- the dataset ------------------------------------------------------------------------------------------------------
 
 
+def chat_type() -> pa.DataType:
+    """Of a column of chats."""
+    import pyarrow as pa
+
+    return pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
 def dataset_schema(labels: Sequence[str]) -> pa.Schema:
     """Columns of a row for SFT: `messages`, and where they come from."""
     import pyarrow as pa
 
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
     text, number = pa.string(), pa.int64()
     columns = [
         ("id", text),
-        ("messages", pa.list_(message)),
+        ("messages", chat_type()),
         ("row_kind", text),  # response, system_response or original
         ("problem_kind", text),  # task and level
         ("prompt_id", text),

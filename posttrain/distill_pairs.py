@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from posttrain.distill_data import Problem
+from posttrain.distill_output import chat_type
 from posttrain.selection import Answer
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def pairs_schema() -> pa.Schema:
     import pyarrow as pa
 
     text = pa.string()
-    chat = pa.list_(pa.struct([("role", text), ("content", text)]))
+    chat = chat_type()
     names = ("kind", "answer", "problem_kind", "prompt_id", "chosen_id", "rejected_id", "teacher", "teacher_version")
     return pa.schema([("id", text), ("chosen", chat), ("rejected", chat), *((name, text) for name in names)])
 
