@@ -1,6 +1,6 @@
 """What a run loses when its parts are killed: real runs of each stage, faults at random moments, compared with a calm run.
 
-    python benchmarks/faults.py [--tries 20] [--stages sft reward_model grpo distill] [--faults driver sampler ...] [--quick]
+    python benchmarks/faults.py [--tries 5] [--stages sft reward_model grpo distill] [--faults driver sampler ...] [--quick]
 
 Of each stage a calm run comes first. A try is a run under `--max-restarts` with the faults of one chain, each at a random
 moment after the one before: those that the run survives (a sampler killed, stopped or slowed down to a tenth; a reward's actor
@@ -82,10 +82,10 @@ sampler: {SAMPLER.replace("num_threads: 1", "num_threads: 1, max_num_seqs: 16")}
 """,
 }
 CHAINS = {
-    "sft": [["driver", "driver"]],
-    "reward_model": [["driver", "driver"]],
+    "sft": [["driver"] * 5],
+    "reward_model": [["driver"] * 5],
     "grpo": [["sampler", "reward", "hang", "slow"], ["driver", "learner", "raylet"]],
-    "distill": [["sampler", "hang", "reward"], ["driver", "raylet"]],
+    "distill": [["sampler"] * 4 + ["reward"] * 4 + ["hang"], ["driver"] * 4 + ["raylet"] * 4],
 }
 # Ray's names of the processes; a driver is a command of the stage.
 PROCESSES = {"learner": "ray::_RankActor", "reward": "ray::_RewardActor"} | dict.fromkeys(
@@ -145,7 +145,7 @@ class Run:
     def events(self, name: str) -> list[dict[str, Any]]:
         return [event for event in lines(self.out / "faults.jsonl") if event["event"] == name]
 
-    def wait_for(self, condition: Any, seconds: float = 300) -> bool:
+    def wait_for(self, condition: Any, seconds: float = 600) -> bool:
         """Until the condition holds; False if the run ended before."""
         end = time.monotonic() + seconds
         while not condition():
@@ -174,8 +174,12 @@ def inject(run: Run, fault: str, rng: random.Random, least: int, most: int) -> d
     if not run.wait_for(lambda: run.progress() >= wanted):
         return None
     time.sleep(rng.uniform(0, 2))
-    name = PROCESSES.get(fault, fault)
-    found = run.processes(name)
+    return strike(run, fault, rng)
+
+
+def strike(run: Run, fault: str, rng: random.Random) -> dict[str, Any] | None:
+    """One fault now. Returns what was measured; None where there is nothing to strike, or the run was over before that."""
+    found = run.processes(PROCESSES.get(fault, fault))
     if not found:
         return None
     before, said = run.progress(), len(run.events(SAYS.get(fault, "")))
@@ -326,7 +330,7 @@ def seconds(faults: Sequence[dict[str, Any]], key: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tries", type=int, default=20, help="of each chain")
+    parser.add_argument("--tries", type=int, default=5, help="of each chain")
     parser.add_argument("--stages", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--faults", nargs="+", help="only these")
     parser.add_argument("--seed", type=int, default=0)
