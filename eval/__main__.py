@@ -57,7 +57,7 @@ def run(recipe: EvalRecipe, *, resume: bool = False) -> int:
             found = judge_suite(questions, result.rows, training, section.ngram)
             result = replace(result, details={**result.details, "contamination": found.to_dict()})
         results[name] = result
-        run_dir.write_eval_samples(name, result)
+        run_dir.write_evaluation(name, result)
         _write_summary(run_dir, results, time.perf_counter() - start, finished=False)
 
     if prompts or tasks:

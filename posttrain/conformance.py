@@ -39,7 +39,8 @@ from posttrain.recipe import (
 from posttrain.types import Sample
 
 TOLERANCE = 1e-5  # relative, of the norm of a parameter's gradient
-LENGTHS = ((3, 7), (5, 2), (2, 11), (4, 4), (6, 9), (2, 3), (7, 1), (3, 5))  # prompt and completion of each sample
+# Prompt and completion of each sample; prompts of the same length are the same prompt.
+LENGTHS = ((3, 7), (5, 2), (2, 11), (3, 4), (6, 9), (2, 3), (7, 1), (3, 5))
 LONGEST = 16
 ROW = 24
 POLICY = BuildSection(
@@ -75,6 +76,12 @@ LAYOUTS = (
     Layout("in one long row", 0, {"max_tokens_per_microbatch": 999, "row_length": 96}),
     Layout("another order, packed", 1, {"max_tokens_per_microbatch": 2 * ROW, "row_length": ROW}),
     Layout("another order, one by one", 2, {"max_tokens_per_microbatch": ROW, "row_length": ROW, "samples_per_row": 1}),
+    Layout("prompts shared", 0, {"max_tokens_per_microbatch": 999, "row_length": ROW, "share_prompts": True}),
+    Layout(
+        "another order, prompts shared, microbatches of a row",
+        1,
+        {"max_tokens_per_microbatch": ROW, "row_length": ROW, "share_prompts": True},
+    ),
     Layout("two samples to a row", 3, {"max_tokens_per_microbatch": 40, "row_length": 40, "samples_per_row": 2}),
 )
 
@@ -131,8 +138,10 @@ def make_samples(count: int, seed: int = 0) -> list[Sample]:
     """Random samples under policies that differ, so that ratios are clipped on both sides."""
     generator = torch.Generator().manual_seed(seed)
     found = []
+    prompts: dict[int, list[int]] = {}
     for prompt, completion in LENGTHS[:count]:
         ids = torch.randint(4, 100, (prompt + completion,), generator=generator).tolist()
+        ids[:prompt] = prompts.setdefault(prompt, ids[:prompt])
         old, sampler, ref = (-4.6 + 0.3 * torch.randn(3, completion, generator=generator)).tolist()
         found.append(
             Sample(
@@ -177,7 +186,7 @@ def _one_rank(rank: int, count: int, port: int, path: str, sections: Mapping[str
     learner = Learner(
         ModelSection(model_name_or_path=path, experts_implementation="eager"),
         OptimizerSection(learning_rate=1e-3),
-        LearnerSection(),
+        LearnerSection(share_prompts=True),  # which a batch makes use of or not
         reference_path=None,
         router_section=GrpoRouterSection(),
         temperature=1.0,

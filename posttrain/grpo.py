@@ -40,7 +40,7 @@ from posttrain.types import Sample
 def run(recipe: GrpoRecipe, *, resume: bool = False, allow_change: Sequence[str] = ()) -> int:
     """Train as the recipe says. Returns the exit code: 0, or 130 when a signal ended the run early."""
     with graceful_stop() as stop, grpo_job.start(recipe, resume=resume, allow_change=allow_change) as job:
-        before = job.evaluate()
+        before = job.evaluation_before()
         with Progress("grpo", recipe.max_steps) as progress:
             train(job, stop, progress)
         after = None if stop else job.evaluate()

@@ -305,14 +305,23 @@ class GrpoJob:
             section = section.model_copy(update={"environment": self.recipe.environment})
         return evaluate(section, eval_prompts(section, self.tokenizer), self.generate)
 
-    def finish(self, before: EvalResult | None, after: EvalResult | None) -> None:
+    def evaluation_before(self) -> dict[str, Any] | None:
+        """What `evaluate` found of the policy that the run began with; a run that goes on has it from then."""
+        if self.step:
+            return self.run_dir.read_evaluation("before")
+        result = self.evaluate()
+        return None if result is None else self.run_dir.write_evaluation("before", result)
+
+    def finish(self, before: dict[str, Any] | None, after: EvalResult | None) -> None:
         """Save, write summary and report, and show what came of the run."""
         is_best = after is not None and self._is_best(after)
         if not self.saver.settle() or self.saved_step != self.step or is_best:
             self.save()
         self.saver.require()
         self.run_dir.write_waiting()
-        results = {name: r.to_dict() for name, r in (("before", before), ("after", after)) if r is not None}
+        results = {} if before is None else {"before": before}
+        if after is not None:
+            results["after"] = self.run_dir.write_evaluation("after", after)
         self.run_dir.write_summary(
             {
                 "stage": "grpo",
@@ -323,9 +332,6 @@ class GrpoJob:
                 "eval": results,
             }
         )
-        for name, result in (("before", before), ("after", after)):
-            if result is not None:
-                self.run_dir.write_eval_samples(name, result)
         report = write_report(self.run_dir.path)
         if results:
             before_after_table(results)

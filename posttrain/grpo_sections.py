@@ -30,6 +30,7 @@ class LearnerSection(Section):
     max_tokens_per_microbatch: PositiveInt = 4096
     gradient_checkpointing: bool = False
     logits_chunk: PositiveInt | None = 1024  # positions whose logits are in memory together; None: all
+    share_prompts: bool = False  # compute a prompt once for the completions of a microbatch that have it in common
     parallel: Literal["ddp", "fsdp"] = "ddp"  # every rank holds the policy, or its share of it (FSDP2)
     offload_optimizer: bool = False  # optimizer state in main memory but for the step itself; needs a GPU
     offload_reference: bool = False  # reference and teacher in main memory but for scoring; needs a GPU
@@ -43,6 +44,14 @@ class LearnerSection(Section):
             raise ValueError(
                 f"row_length={self.row_length} exceeds max_tokens_per_microbatch={self.max_tokens_per_microbatch}; "
                 f"raise max_tokens_per_microbatch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shared_prompts_fit(self) -> LearnerSection:
+        if self.share_prompts and self.logits_chunk is None:
+            raise ValueError(
+                "share_prompts with logits_chunk: null, which keeps the logits of all tokens; set logits_chunk: 1024"
             )
         return self
 

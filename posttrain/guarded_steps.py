@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -16,25 +17,31 @@ from posttrain.optimizer import set_hyperparameters
 from posttrain.sections import OptimizerSection
 from posttrain.skip_watch import SKIPPED
 from posttrain.step_guard import StepGuard
-
-if TYPE_CHECKING:
-    from transformers import Trainer as Base
-else:
-    Base = object
+from posttrain.whole_checkpoints import WholeCheckpoints
 
 
-class GuardedSteps(Base):
-    """Put before a trainer class, and call `_use_guard`.
+class GuardedSteps(WholeCheckpoints):
+    """Put before a trainer class, and call `_use_checkpoints` and `_use_guard`.
 
     The trainer asks for the gradient norm after the backward passes and steps right afterwards, whatever it is. A step that
     must not be taken loses its gradients there, and an optimizer leaves parameters without gradient alone.
+
+    After too many of them in a row, weights and optimizer are those of the newest checkpoint again, and the training goes on
+    with the rows that come next. Where no step is taken from there either it ends.
     """
 
-    def _use_guard(self, section: OptimizerSection) -> None:
+    def _use_guard(self, section: OptimizerSection, take_weights: Callable[[Path], None]) -> None:
+        """
+        Args:
+            section: of the recipe.
+            take_weights: puts those of a checkpoint of this run into the model in training.
+        """
         self._section = section
+        self._take_weights = take_weights
         self.guard = StepGuard(section, self.args.device)
         self._skipped = 0  # since the last log
-        self.add_callback(_AfterSkips(self.guard))
+        self._went_back = False  # and no step was taken since
+        self.add_callback(_AfterSkips(self))
 
     def _forget_step(self) -> None:
         """Leave out what was observed in the step that is not taken."""
@@ -47,13 +54,34 @@ class GuardedSteps(Base):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         found = super()._get_grad_norm(model, grad_norm)
-        if not self.guard.allows(float(found)):
+        if self.guard.allows(float(found)):
+            self._went_back = False
+        else:
             model.zero_grad(set_to_none=True)
             self._forget_step()
             self._skipped += 1
             if self.accelerator.is_main_process:
                 warn(f"step {self.state.global_step + 1} was not taken: {self.guard.reason}")
         return found
+
+    def _go_back(self) -> bool:
+        """To the newest checkpoint, from before the steps that were not taken. False: that was tried, or there is none."""
+        self._settle(require=False)
+        newest = checkpoint.newest_trained(self._checkpoints)
+        if self._went_back or newest is None:
+            return False
+        schedule = self.lr_scheduler.state_dict()  # it follows the steps of the run, which go on
+        self._take_weights(newest)
+        super()._load_optimizer_and_scheduler(str(newest))
+        self.lr_scheduler.load_state_dict(schedule)
+        set_hyperparameters(self.optimizer, self.lr_scheduler, self._section)
+        if self.accelerator.is_main_process:
+            warn(
+                f"{self.guard.in_a_row} steps in a row were not taken, so weights and optimizer are those of {newest.name} "
+                f"again; the training goes on after step {self.state.global_step}"
+            )
+        self._went_back, self.guard.in_a_row = True, 0
+        return True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -86,13 +114,14 @@ class GuardedSteps(Base):
 
 
 class _AfterSkips(TrainerCallback):
-    """No checkpoint of doubtful steps, and an end after too many of them."""
+    """No checkpoint of doubtful steps; after too many of them back, or an end."""
 
-    def __init__(self, guard: StepGuard) -> None:
-        self._guard = guard
+    def __init__(self, trainer: GuardedSteps) -> None:
+        self._trainer = trainer
 
     def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._guard.in_a_row:
+        guard = self._trainer.guard
+        if guard.in_a_row:
             control.should_save = False
-        if self._guard.is_exhausted:
+        if guard.is_exhausted and not self._trainer._go_back():
             control.should_log = control.should_training_stop = True

@@ -28,6 +28,7 @@ from posttrain.objective import denominator, objective
 from posttrain.optimizer import decay_groups, schedule, set_hyperparameters
 from posttrain.packing import to_device, unpack
 from posttrain.parity import Agreement, Mismatch, ParityReport
+from posttrain.prompt_sharing import require_shareable
 from posttrain.recipe import (
     AlgorithmSection,
     GrpoRouterSection,
@@ -93,6 +94,8 @@ class Learner:
         self._balance = RouterBalance(self._routers, router_section)
         # Dropout is off in every policy trained here, so one mode serves training and scoring.
         self._model.train()
+        if learner.share_prompts:
+            require_shareable(self._model)
         self._scorer = TokenScorer(self._model, learner.logits_chunk)
         if learner.parallel == "fsdp":
             learner_parallel.shard(self._scorer, self._accelerator)
@@ -164,6 +167,8 @@ class Learner:
                     # Ranks' gradients are averaged, so the sum over ranks needs their number.
                     self._accelerator.backward(loss_sum * (self._accelerator.num_processes / divisor))
             self._guard.see(loss_sum)
+            if microbatch.shared is not None:
+                trace = trace.of_tokens(microbatch.shared.places_N)
             look(microbatch, logprobs_RW.detach(), trace)
             real_N = (microbatch.sample_ids_RW >= 0).flatten()
             self._balance.observe(trace, real_N, replayed=self._router_section.bias_counts == "sampler")
@@ -202,7 +207,9 @@ class Learner:
 
     def _replayed(self, microbatch: Microbatch) -> torch.Tensor | None:
         """The experts that the sampler chose, if the learner is to use them."""
-        return microbatch.experts_NLK if self._router_section.replay else None
+        if not self._router_section.replay:
+            return None
+        return microbatch.experts_NLK if microbatch.shared is None else microbatch.shared.experts_NLK
 
     # --- scoring --------------------------------------------------------------------------------------------------
 
@@ -232,6 +239,8 @@ class Learner:
                     router.record_routing(self._routers, trace),
                 ):
                     logprobs_RW, _ = self._logprobs(self._scorer, microbatch, temperature)
+                if microbatch.shared is not None:
+                    trace = trace.of_tokens(microbatch.shared.places_N)
                 ours.append(logprobs_RW.cpu())
                 for name, values in others.items():
                     values.append(self._logprobs_of(name, microbatch, temperature).cpu())
@@ -263,6 +272,7 @@ class Learner:
             temperature or self._temperature,
             candidates_RWC=microbatch.candidates_RWC,
             entropy_gradient=entropy_gradient,
+            shared=microbatch.shared,
         )
         return found
 

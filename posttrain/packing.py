@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from posttrain.prompt_sharing import Family, SharedRows, families_of, shared_rows
 from posttrain.types import Microbatch, Sample, TrainBatch
 
 
@@ -24,8 +25,12 @@ from posttrain.types import Microbatch, Sample, TrainBatch
 class _Row:
     """Samples that share a row."""
 
-    indices: list[int] = field(default_factory=list)
-    length: int = 0  # tokens used
+    families: list[Family] = field(default_factory=list)
+    length: int = 0  # tokens that are computed
+
+    @property
+    def indices(self) -> list[int]:
+        return [index for family in self.families for index in family.indices]
 
 
 def pack(
@@ -37,17 +42,20 @@ def pack(
     pad_token_id: int,
     samples_per_row: int | None = None,
     with_experts: bool = False,
+    share_prompts: bool = False,
 ) -> list[TrainBatch]:
     """Spread a minibatch over the ranks.
 
     Args:
         samples: the minibatch of all ranks; `sample_ids_RW` are indices into it.
         world_size: number of ranks.
-        max_tokens_per_microbatch: padding included; at least one row is taken, however long.
+        max_tokens_per_microbatch: that are computed, padding included; at least one row is taken, however long.
         row_length: most tokens of a row.
         pad_token_id: fills rows up; any token of the vocabulary will do, since no sample sees it.
-        samples_per_row: most samples of a row; 1 is the classic padded layout, None sets no limit.
+        samples_per_row: most samples of a row; 1 is the classic padded layout, None sets no limit. Those that share a
+            prompt count as one.
         with_experts: write the experts that the sampler chose, for routing replay.
+        share_prompts: compute a prompt once for the samples of a microbatch that have it, see `posttrain.prompt_sharing`.
 
     Returns:
         One batch per rank. All ranks have the same number of microbatches, so that their collectives line up: a rank
@@ -71,13 +79,17 @@ def pack(
     for index, sample in enumerate(samples):
         _check(index, sample, row_length)
 
-    rows = _fill_rows(samples, row_length, samples_per_row or len(samples))
+    families = families_of(samples, row_length, share=share_prompts)
+    rows = _fill_rows(families, row_length, samples_per_row or len(samples))
     rows_per_microbatch = max(1, max_tokens_per_microbatch // row_length)
     microbatches = _group_rows(rows, rows_per_microbatch, world_size)
     num_loss_tokens = sum(sample.num_trained for sample in samples)
     return [
         TrainBatch(
-            microbatches=tuple(_build(samples, rows, pad_token_id, with_experts) for rows in share),
+            microbatches=tuple(
+                _build(samples, rows, pad_token_id, with_experts=with_experts, share_prompts=share_prompts)
+                for rows in share
+            ),
             num_loss_tokens=num_loss_tokens,
             num_samples=len(samples),
         )
@@ -132,15 +144,16 @@ def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
     """The microbatch with its tensors there."""
 
     def moved(name: str) -> Any:
-        value: torch.Tensor | None = getattr(microbatch, name)
+        value: torch.Tensor | SharedRows | None = getattr(microbatch, name)
         return value if value is None else value.to(device)
 
     return Microbatch(**{name: moved(name) for name in Microbatch.__slots__})
 
 
 def padding_fraction(batches: Sequence[TrainBatch]) -> float:
-    """Share of the tokens of all ranks' microbatches that is padding, 0 to 1."""
-    ids = [microbatch.sample_ids_RW for batch in batches for microbatch in batch.microbatches]
+    """Share of the tokens that all ranks compute which is padding, 0 to 1."""
+    microbatches = [microbatch for batch in batches for microbatch in batch.microbatches]
+    ids = [part.sample_ids_RW if part.shared is None else part.shared.families_QX for part in microbatches]
     return sum(int((ids_RW < 0).sum()) for ids_RW in ids) / sum(ids_RW.numel() for ids_RW in ids)
 
 
@@ -183,22 +196,21 @@ def _check(index: int, sample: Sample, row_length: int) -> None:
         raise ValueError(f"sample {index} has no token that was sampled, so none to train on; leave it out")
 
 
-def _fill_rows(samples: Sequence[Sample], row_length: int, samples_per_row: int) -> list[_Row]:
-    """Best-fit decreasing: longest sample first, each into the fullest row that still takes it. Fullest row first."""
+def _fill_rows(families: Sequence[Family], row_length: int, families_per_row: int) -> list[_Row]:
+    """Best-fit decreasing: longest first, each into the fullest row that still takes it. Fullest row first."""
     rows: list[_Row] = []
-    open_rows: list[tuple[int, int]] = []  # (free tokens, row), sorted, of the rows that take another sample
-    for index in sorted(range(len(samples)), key=lambda i: -_length(samples[i])):
-        length = _length(samples[index])
-        place = bisect.bisect_left(open_rows, (length, 0))
+    open_rows: list[tuple[int, int]] = []  # (free tokens, row), sorted, of the rows that take another family
+    for family in sorted(families, key=lambda family: -family.length):
+        place = bisect.bisect_left(open_rows, (family.length, 0))
         if place < len(open_rows):
             _, number = open_rows.pop(place)
         else:
             number = len(rows)
             rows.append(_Row())
         row = rows[number]
-        row.indices.append(index)
-        row.length += length
-        if len(row.indices) < samples_per_row:
+        row.families.append(family)
+        row.length += family.length
+        if len(row.families) < families_per_row:
             bisect.insort(open_rows, (row_length - row.length, number))
     return sorted(rows, key=lambda row: -row.length)
 
@@ -224,10 +236,17 @@ def _share_out(microbatches: list[list[_Row]], world_size: int) -> list[list[lis
     return shares
 
 
-def _build(samples: Sequence[Sample], rows: list[_Row], pad_token_id: int, with_experts: bool) -> Microbatch:
+def _build(
+    samples: Sequence[Sample], rows: list[_Row], pad_token_id: int, *, with_experts: bool, share_prompts: bool
+) -> Microbatch:
     """Tensors of some rows; of one row of one padding token if there are none."""
     has_values = any(samples[index].values is not None for row in rows for index in row.indices)
-    shape = (max(1, len(rows)), max((row.length for row in rows), default=1))
+    lengths = [sum(_length(samples[index]) for index in row.indices) for row in rows]
+    shape = (max(1, len(rows)), max(lengths, default=1))
+    shared = None
+    if share_prompts:
+        families = [row.families for row in rows] or [[]]
+        shared = shared_rows(samples, families, shape[1], pad_token_id, with_experts=with_experts)
     microbatch = Microbatch(
         input_ids_RW=torch.full(shape, pad_token_id),
         position_ids_RW=torch.zeros(shape, dtype=torch.int64),
@@ -239,8 +258,9 @@ def _build(samples: Sequence[Sample], rows: list[_Row], pad_token_id: int, with_
         ref_logprobs_RW=torch.zeros(shape),
         values_RW=torch.zeros(shape) if has_values else None,
         returns_RW=torch.zeros(shape) if has_values else None,
-        experts_NLK=_blank_experts(samples, rows, shape) if with_experts else None,
+        experts_NLK=_blank_experts(samples, rows, shape) if with_experts and shared is None else None,
         candidates_RWC=_blank_candidates(samples, rows, shape),
+        shared=shared,
     )
     for number, row in enumerate(rows):
         start = 0

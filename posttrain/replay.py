@@ -97,7 +97,8 @@ def replay(bundle: Bundle) -> Replayed:
         if "by nan" not in str(error):
             raise
         # The look at the head, without which logits cannot be computed chunk by chunk, needs a policy that gives numbers.
-        learner = build(section.model_copy(update={"logits_chunk": None}))
+        section = section.model_copy(update={"logits_chunk": None, "share_prompts": False})
+        learner = build(section)
         notes.append("the policy gives NaN whatever it reads: look at the step before")
     batches = pack(
         bundle.samples,
@@ -106,6 +107,7 @@ def replay(bundle: Bundle) -> Replayed:
         row_length=recipe.learner.row_length,
         pad_token_id=0,
         with_experts=recipe.router.replay,
+        share_prompts=section.share_prompts,
     )
     loss = sum(learner.forward_backward(batch, bundle.algorithm)[LOSS].value for batch in batches)
     return Replayed({LOSS: loss, GRAD_NORM: norm(learner.gradients())}, bundle.expected, tuple(notes))

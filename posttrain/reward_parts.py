@@ -16,6 +16,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from data.templates import set_chat_template
 from posttrain.errors import RunStopped
+from posttrain.learner_parallel import load_weights
 from posttrain.model import load
 from posttrain.model.reward_head import RewardModelFiles, load_reward_model
 from posttrain.records import data_errors
@@ -62,7 +63,13 @@ def load_job(recipe: RewardModelRecipe, last: Path | None, ranks: PartialState) 
     set_pad_token(tokenizer, recipe.training.pad_token)
     with data_errors("datasets"):
         pairs = load_pairs(recipe, tokenizer)
-    model = load_reward_model(
+    model = load_model(recipe, path)
+    return RewardJob(model, tokenizer, pairs, ranks.is_main_process)
+
+
+def load_model(recipe: RewardModelRecipe, path: str) -> Any:
+    """A policy's checkpoint with a new head, or a reward model's."""
+    return load_reward_model(
         path,
         head_init_std=recipe.training.head_init_std,
         seed=recipe.seed,
@@ -70,7 +77,6 @@ def load_job(recipe: RewardModelRecipe, last: Path | None, ranks: PartialState) 
         experts_implementation=recipe.model.experts_implementation,
         trust_remote_code=recipe.model.trust_remote_code,
     )
-    return RewardJob(model, tokenizer, pairs, ranks.is_main_process)
 
 
 def build_trainer(
@@ -85,6 +91,7 @@ def build_trainer(
         keep=recipe.checkpoint.save_total_limit,
         made_with=made_with or {},
         section=recipe.optimizer,
+        take_weights=lambda path: load_weights(job.model, load_model(recipe, str(path)).state_dict()),
         held_out=job.pairs.held_out,
         score_batch_size=recipe.validation.batch_size,
         model=job.model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ from posttrain.model.reward_head import RewardModelFiles
 from posttrain.reward_data import EncodedPair
 from posttrain.reward_metrics import ScoredPair, accuracy, bradley_terry_mean
 from posttrain.sections import OptimizerSection
-from posttrain.whole_checkpoints import WholeCheckpoints
 from rewards import task_answer
 from rewards.learned import raw_scores
 
 
-class RewardModelTrainer(GuardedSteps, WholeCheckpoints, RewardTrainer):
+class RewardModelTrainer(GuardedSteps, RewardTrainer):
     """The loss is TRL's: -log sigmoid(chosen - rejected - margin), plus centring; the rest is ours.
 
     Args:
@@ -29,6 +28,7 @@ class RewardModelTrainer(GuardedSteps, WholeCheckpoints, RewardTrainer):
         keep: how many to keep.
         made_with: what they say of their recipe, see `posttrain.resume`.
         section: of the recipe, for the optimizer.
+        take_weights: puts those of a checkpoint of this run into the reward model.
         held_out: pairs to measure on.
         score_batch_size: chats scored together.
         **settings: RewardTrainer's.
@@ -42,13 +42,14 @@ class RewardModelTrainer(GuardedSteps, WholeCheckpoints, RewardTrainer):
         keep: int,
         made_with: Mapping[str, Any],
         section: OptimizerSection,
+        take_weights: Callable[[Path], None],
         held_out: Sequence[EncodedPair],
         score_batch_size: int,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
         self._use_checkpoints(checkpoints, keep, files.write, made_with)
-        self._use_guard(section)
+        self._use_guard(section, take_weights)
         self._files = files
         self._held_out = held_out
         self._score_batch_size = score_batch_size

@@ -104,9 +104,26 @@ class RunDir:
         places = [(number, index) for number, group in enumerate(groups) for index in range(len(group.completions))]
         return self.write_rows(f"step-{step:06d}", rows, token_columns(tokens, places) if tokens else {})
 
-    def write_eval_samples(self, name: str, result: EvalResult) -> Path:
-        """An evaluation's completions, a row each."""
-        return self.write_rows(f"eval-{name}", result.rows)
+    def write_evaluation(self, name: str, result: EvalResult) -> dict[str, Any]:
+        """An evaluation's completions, a row each, and what it found, for `read_evaluation`. Returns the latter, JSON-able."""
+        self.write_rows(f"eval-{name}", result.rows)
+        found = result.to_dict()
+        try:
+            write_atomically(self._evaluation(name), json.dumps(found))
+        except OSError as error:
+            if not disk.is_full(error):
+                raise
+            disk.warn(f"{self._evaluation(name)} could not be written: {error}; a resumed run will not know of it")
+        return found
+
+    def read_evaluation(self, name: str) -> dict[str, Any] | None:
+        """What an evaluation of this run found, when it was made; None if there was none."""
+        place = self._evaluation(name)
+        found: dict[str, Any] | None = json.loads(place.read_text()) if place.exists() else None
+        return found
+
+    def _evaluation(self, name: str) -> Path:
+        return self.path / "samples" / f"eval-{name}.json"
 
     def write_rows(
         self, name: str, rows: Iterable[Mapping[str, Any]], columns: Mapping[str, Any] | None = None

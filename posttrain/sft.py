@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from eval.checkpoint import evaluate_checkpoint
 from eval.report import write_report
-from eval.suite import EvalResult
 from posttrain import checkpoint
 from posttrain import resume as resuming
 from posttrain.cli import run_stage
@@ -58,12 +57,12 @@ def run(recipe: SftRecipe, *, resume: bool = False, preflight: bool = False, all
     job = prepare(recipe, run_dir, origin, last, ranks)
     if preflight:
         return 0
-    before = evaluation(recipe, origin, ranks) if not resume else None
+    before = run_dir.read_evaluation("before") if resume else evaluation(recipe, origin, run_dir, "before", ranks)
     with graceful_stop() as stop:
         trainer = train(recipe, run_dir, job, made_with, stop)
     trainer.require_progress(run_dir.checkpoints)
     saved = trainer.save_last(finished=not stop)
-    after = None if stop else evaluation(recipe, saved, ranks)
+    after = None if stop else evaluation(recipe, saved, run_dir, "after", ranks)
     if ranks.is_main_process:
         finish(recipe, run_dir, trainer, before, after, finished=not stop, seconds=time.perf_counter() - start)
     return 130 if stop else 0
@@ -119,22 +118,22 @@ def train(
     return trainer
 
 
-def evaluation(recipe: SftRecipe, path: Path, ranks: PartialState) -> EvalResult | None:
+def evaluation(recipe: SftRecipe, path: Path, run_dir: RunDir, name: str, ranks: PartialState) -> dict[str, Any] | None:
     """pass@1 and greedy accuracy of a checkpoint on vLLM; None without an `eval` section, and on ranks but the first."""
-    result = None
+    found = None
     if recipe.eval is not None and ranks.is_main_process:
         model = recipe.model.model_copy(update={"model_name_or_path": str(path), "build": None})
-        result = evaluate_checkpoint(model, recipe.eval, recipe.sampler)
+        found = run_dir.write_evaluation(name, evaluate_checkpoint(model, recipe.eval, recipe.sampler))
     ranks.wait_for_everyone()
-    return result
+    return found
 
 
 def finish(
     recipe: SftRecipe,
     run_dir: RunDir,
     trainer: PolicyTrainer,
-    before: EvalResult | None,
-    after: EvalResult | None,
+    before: dict[str, Any] | None,
+    after: dict[str, Any] | None,
     *,
     finished: bool,
     seconds: float,
@@ -148,14 +147,12 @@ def finish(
             "steps": trainer.state.global_step,
             "finished": finished,
             "metrics": trainer.last_metrics(),
-            "eval": {name: result.to_dict() for name, result in results.items()},
+            "eval": results,
         }
     )
-    for name, result in results.items():
-        run_dir.write_eval_samples(name, result)
     report = write_report(run_dir.path)
     if results:
-        before_after_table({name: result.to_dict() for name, result in results.items()})
+        before_after_table(results)
     paths_written(run_dir.path, [run_dir.checkpoints / checkpoint.LATEST, report])
 
 

@@ -22,6 +22,7 @@ from data.templates import set_chat_template
 from posttrain import checkpoint, preflight, preflight_view, sft_data
 from posttrain.distillation import require_same_vocabulary
 from posttrain.errors import RunStopped
+from posttrain.learner_parallel import load_weights
 from posttrain.model import load, lora, mtp
 from posttrain.model.balance import RouterBalance
 from posttrain.model.logit_teacher import LogitTeacher
@@ -160,6 +161,17 @@ def require_teachable(recipe: SftRecipe, tokenizer: Any) -> None:
         )
 
 
+def take_weights(recipe: SftRecipe, job: SftJob, path: Path) -> None:
+    """Those of an earlier checkpoint of this run into the policy in training: adapters, or all and the prediction module's."""
+    if job.files.has_adapters:
+        lora.load_adapter(job.policy, path / lora.ADAPTER)
+        return
+    policy, objective = load_policy(recipe, path, path)
+    load_weights(job.policy, policy.state_dict())
+    if job.objective is not None and objective is not None:
+        load_weights(job.objective.module, objective.module.state_dict())
+
+
 def load_teacher(recipe: SftRecipe, policy: Any, num_tokens: int, ranks: PartialState) -> LogitTeacher | None:
     """The frozen model that the recipe's `teacher` names, whole on every rank.
 
@@ -272,6 +284,7 @@ def build_trainer(
         keep=recipe.checkpoint.save_total_limit,
         made_with=made_with or {},
         section=recipe.optimizer,
+        take_weights=lambda path: take_weights(recipe, job, path),
         model=job.policy,
         processing_class=job.maker.tokenizer,
         args=trainer_arguments(recipe, run_dir.path),

@@ -7,7 +7,7 @@ does not depend on how the step is cut up.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,11 @@ from posttrain.model.mtp_objective import MtpObjective
 from posttrain.model.policy_files import PolicyFiles
 from posttrain.sections import OptimizerSection
 from posttrain.sft_data import IGNORED, PackedStream
-from posttrain.whole_checkpoints import WholeCheckpoints
 
 TOKENS = "tokens"  # among the sums: real tokens, not a loss
 
 
-class PolicyTrainer(GuardedSteps, WholeCheckpoints, SFTTrainer):
+class PolicyTrainer(GuardedSteps, SFTTrainer):
     """What a policy needs beyond its cross-entropy.
 
     Args:
@@ -40,6 +39,7 @@ class PolicyTrainer(GuardedSteps, WholeCheckpoints, SFTTrainer):
         keep: how many to keep.
         made_with: what they say of their recipe, see `posttrain.resume`.
         section: of the recipe, for the optimizer.
+        take_weights: puts those of a checkpoint of this run into the policy.
         files: writes the policy.
         stream: where the rows come from, None for a data set of known length.
         **settings: SFTTrainer's.
@@ -55,6 +55,7 @@ class PolicyTrainer(GuardedSteps, WholeCheckpoints, SFTTrainer):
         keep: int,
         made_with: Mapping[str, Any],
         section: OptimizerSection,
+        take_weights: Callable[[Path], None],
         files: PolicyFiles,
         stream: PackedStream | None,
         **settings: Any,
@@ -64,7 +65,7 @@ class PolicyTrainer(GuardedSteps, WholeCheckpoints, SFTTrainer):
         self._mtp = mtp
         self._teacher = teacher
         self._use_checkpoints(checkpoints, keep, files.write, made_with)
-        self._use_guard(section)
+        self._use_guard(section, take_weights)
         self._files = files
         self._stream = stream
         self._num_sequences = self._num_mtp_tokens = self._num_microbatches = 1

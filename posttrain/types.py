@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from posttrain.prompt_sharing import SharedRows
+
 FinishReason = Literal["stop", "length", "abort"]
 RewardStatus = Literal["ok", "timeout", "crash", "infrastructure"]
 Message = Mapping[str, Any]
@@ -206,6 +208,7 @@ class Microbatch:
     returns_RW: torch.Tensor | None = None  # float32
     experts_NLK: torch.Tensor | None = None  # int16 [R x W, L, K], what the sampler chose; -1 where it chose nothing
     candidates_RWC: torch.Tensor | None = None  # int32, tokens that entry w was sampled from; all -1: the vocabulary
+    shared: SharedRows | None = None  # what is computed instead of these rows, which then say where its results belong
 
 
 @dataclass(frozen=True, slots=True)

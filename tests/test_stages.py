@@ -126,14 +126,21 @@ def test_a_reward_that_only_fails_stops_the_run_and_says_why(recipe: Path, tmp_p
 
 
 def test_a_renewed_reference_is_kept_for_a_resumed_run(recipe: Path, tmp_path: Path) -> None:
-    """Right after a renewal the policy is its own reference, also for a run that resumes there; before, it has moved."""
+    """Right after a renewal the policy is its own reference, also for a run that resumes there; before, it has moved. What
+    was measured before the first step is not measured again of a later policy.
+    """
     out = tmp_path / "run"
-    keys = "algorithm={preset: r1, beta: 0.05, reference_refresh_steps: 2, num_minibatches: 1}"
-    code, output = run("posttrain.grpo", str(recipe), f"output_dir={out}", keys, "max_steps=2")
+    keys = ["algorithm={preset: r1, beta: 0.05, reference_refresh_steps: 2, num_minibatches: 1}"]
+    keys.append("eval={datasets: [{task: letter_counting, levels: [1], size: 12}], max_completion_length: 16}")
+    code, output = run("posttrain.grpo", str(recipe), f"output_dir={out}", *keys, "max_steps=2")
     assert code == 0, output
     assert {path.name for path in (out / "references").glob("step-*")} == {"step-2"}
-    code, output = run("posttrain.grpo", str(recipe), f"output_dir={out}", keys, "max_steps=4", "--resume")
+    first = json.loads((out / "summary.json").read_text())["eval"]
+    rows = parquet.read_table(out / "samples" / "eval-before.parquet")
+    code, output = run("posttrain.grpo", str(recipe), f"output_dir={out}", *keys, "max_steps=4", "--resume")
     assert code == 0, output
+    assert json.loads((out / "summary.json").read_text())["eval"]["before"] == first["before"]
+    assert parquet.read_table(out / "samples" / "eval-before.parquet").equals(rows)
     # One minibatch: the loss is taken before its step.
     assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
     assert [line["policy/kl_ref"] < 1e-6 for line in metrics(out)] == [True, False, True, False]

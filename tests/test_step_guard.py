@@ -166,8 +166,19 @@ class Poison(TrainerCallback):
         return [not torch.equal(before, after) for before, after in zip(self.seen, self.seen[1:], strict=False)]
 
 
+class Watch(TrainerCallback):
+    """Calls something after each step."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self._look = look
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._look()
+
+
 def weight(trainer: Any) -> torch.Tensor:
-    return next(p for name, p in trainer.model.named_parameters() if "o_proj" in name).detach().clone()
+    # The last one: an adapter's second factor, which starts at zero and moves in the first step.
+    return [p for name, p in trainer.model.named_parameters() if "o_proj" in name][-1].detach().clone()
 
 
 @pytest.fixture
@@ -196,18 +207,43 @@ def test_sft_skips_a_batch_that_is_no_number_and_goes_on(
     assert [path.name for path in checkpoints.whole(trainer._checkpoints)] == ["step-3", "step-4"]
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 2, "alpha": 4.0}])
+def test_sft_goes_back_to_the_checkpoint_from_before_and_on_with_other_rows(
+    sft: Callable[..., PolicyTrainer], capsys: pytest.CaptureFixture[str], lora: dict[str, Any] | None
+) -> None:
+    trainer = sft(
+        training={"max_steps": 8},
+        optimizer={"max_skipped_steps": 3, "warmup_steps": 20},
+        checkpoint={"save_steps": 2},
+        **({"lora": lora} if lora else {}),
+    )
+    poison = Poison(trainer, {4, 5, 6})
+    rates: list[float] = []
+    trainer.add_callback(Watch(lambda: rates.append(trainer.optimizer.param_groups[0]["lr"])))
+    trainer.train()
+    trainer.require_progress(trainer._checkpoints)
+    # Step 3 moved, 4 to 6 did not, and after the sixth the weights were those of step 2.
+    assert not torch.equal(poison.seen[3], poison.seen[2])
+    assert torch.equal(poison.seen[5], poison.seen[3]) and torch.equal(poison.seen[6], poison.seen[2])
+    assert poison.moved()[6:] == [True, True] and trainer.state.global_step == 8
+    assert "those of step-2 again; the training goes on after step 6" in capsys.readouterr().err
+    # So is the optimizer: two steps before, two after. The schedule has gone on.
+    assert {float(state["step"]) for state in trainer.optimizer.state.values()} == {4.0}
+    assert rates == pytest.approx([1e-3 * step / 20 for step in range(1, 9)])
+
+
 def test_sft_stops_after_too_many_and_keeps_the_checkpoint_from_before(sft: Callable[..., PolicyTrainer]) -> None:
     trainer = sft(
         training={"max_steps": 9},
-        optimizer={"max_skipped_steps": 3},
+        optimizer={"max_skipped_steps": 2},
         checkpoint={"save_steps": 1, "save_total_limit": 1},
     )
-    Poison(trainer, {3, 4, 5, 6, 7})
+    Poison(trainer, {3, 4, 5, 6, 7, 8})
     trainer.train()
-    assert trainer.state.global_step == 5
+    assert trainer.state.global_step == 6  # back after step 4, and that did not help
     trainer._settle(require=True)
     with pytest.raises(
-        RunStopped, match="3 steps in a row were not taken, the last one at step 5.*step-2 is the newest"
+        RunStopped, match="2 steps in a row were not taken, the last one at step 6.*step-2 is the newest"
     ):
         trainer.require_progress(trainer._checkpoints)
 

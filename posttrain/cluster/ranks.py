@@ -96,7 +96,7 @@ class _RankGroup:
 
     made_by: str  # module:class of a rank
     _who = "a rank of the learner"
-    with_experts = False
+    with_experts = shares_prompts = False
 
     def __init__(self, learner: LearnerSection, **arguments: Any) -> None:
         gpus = learner.num_gpus
@@ -241,6 +241,7 @@ class _RankGroup:
             row_length=self._section.row_length,
             pad_token_id=0,
             with_experts=self.with_experts,
+            share_prompts=self.shares_prompts,
         )
 
 
@@ -251,6 +252,7 @@ class LearnerGroup(_RankGroup):
 
     def __init__(self, learner: LearnerSection, **arguments: Any) -> None:
         self.with_experts = arguments["router_section"].replay
+        self.shares_prompts = learner.share_prompts
         super().__init__(learner, **arguments)
 
     def forward_backward(self, samples: Sequence[Sample], algorithm: AlgorithmSection) -> dict[str, Metric]:

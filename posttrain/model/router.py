@@ -47,6 +47,10 @@ class RouterTrace:
         """The experts that computed."""
         return torch.stack(self.used_layers, dim=1)
 
+    def of_tokens(self, places_N: torch.Tensor) -> RouterTrace:
+        """The trace of other tokens, each of which is one of these."""
+        return RouterTrace(*([layer[places_N] for layer in part] for part in (self.logits, self.chosen, self.used)))
+
     @property
     def used_layers(self) -> list[torch.Tensor]:
         """The experts that computed, [N, K] for each layer."""

@@ -15,6 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from posttrain import losses
+from posttrain.prompt_sharing import SharedRows
 
 
 class TokenScorer(torch.nn.Module):
@@ -44,6 +45,7 @@ class TokenScorer(torch.nn.Module):
         *,
         candidates_RWC: torch.Tensor | None = None,
         entropy_gradient: bool = False,
+        shared: SharedRows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logprob of each trained token and entropy of what it was drawn from, float32 [R, W] each; see `token_logprobs`.
 
@@ -54,10 +56,18 @@ class TokenScorer(torch.nn.Module):
             temperature: above 0.
             candidates_RWC: see `posttrain.losses.token_logprobs`.
             entropy_gradient: let a gradient through the entropy.
+            shared: what the model computes instead of these rows; needs a chunk.
         """
         # No attention mask: transformers then keeps packed samples apart by their position ids.
         inputs = {"input_ids": input_ids_RW, "position_ids": position_ids_RW, "use_cache": False}
+        if shared is not None:
+            inputs |= {
+                "input_ids": shared.input_ids_QX,
+                "position_ids": shared.position_ids_QX,
+                "attention_mask": shared.attention_mask(additive=self._takes_additive_mask),
+            }
         if self._chunk is None:
+            assert shared is None
             return losses.token_logprobs(
                 self.model(**inputs).logits,
                 input_ids_RW,
@@ -65,10 +75,14 @@ class TokenScorer(torch.nn.Module):
                 entropy_gradient=entropy_gradient,
                 candidates_RWC=candidates_RWC,
             )
-        hidden_RWD = trunk(self.model)(**inputs).last_hidden_state
+        hidden = trunk(self.model)(**inputs).last_hidden_state
         # Position w - 1 predicts token w; a row's first token is never trained.
         places = mask_RW[:, 1:].nonzero(as_tuple=True)
-        states_ND, targets_N = hidden_RWD[:, :-1][places], input_ids_RW[:, 1:][places]
+        targets_N = input_ids_RW[:, 1:][places]
+        if shared is None:
+            states_ND = hidden[:, :-1][places]
+        else:
+            states_ND = hidden.flatten(0, 1)[shared.places_N.view(mask_RW.shape)[:, :-1][places]]
         allowed = [None] if candidates_RWC is None else candidates_RWC[:, 1:][places].split(self._chunk)
         found = [
             self._of_chunk(states_CD, targets_C, allowed[min(index, len(allowed) - 1)], temperature, entropy_gradient)
@@ -84,8 +98,13 @@ class TokenScorer(torch.nn.Module):
         )
         if not len(targets_N):
             # A rank short of work takes part in the backward pass all the same.
-            logprobs_RW = logprobs_RW + 0.0 * hidden_RWD.sum() + 0.0 * self.model.get_output_embeddings().weight.sum()
+            logprobs_RW = logprobs_RW + 0.0 * hidden.sum() + 0.0 * self.model.get_output_embeddings().weight.sum()
         return logprobs_RW, entropy_RW
+
+    @property
+    def _takes_additive_mask(self) -> bool:
+        """Eager attention adds its mask to the scores, and would add True as 1."""
+        return bool(self.model.config.get_text_config()._attn_implementation == "eager")
 
     def _of_chunk(
         self,
