@@ -8,9 +8,10 @@ learner, a sampler, a reward's actor or the raylet, whichever comes next of a sh
 seconds after the one before, but not before the run is further than it was then. Every round must end with the calm run's
 weights to the bit, its completions and its accuracy.
 
-Meanwhile the memory of all processes is read every 5 seconds. Two slopes are fitted: of the whole run's memory while all of
-its processes are there and have been for half a minute, and, the mean over the processes that lived two minutes and more, of
-each one's own after its first minute. At the end nothing of the run may be alive, and nothing left in /dev/shm.
+Meanwhile the memory of all processes is read every 5 seconds. What counts is read while the run is at work: all of its
+processes are there, and it has made three steps with just these. Two slopes are fitted: of the sum, over all of the hours, and of
+each process that was at work for a minute and more, of which the mean is given. At the end nothing of the run may be alive, and
+nothing left in /dev/shm.
 
 Results are appended to soak.jsonl in --directory; the last line printed is one JSON object.
 """
@@ -37,6 +38,7 @@ sys.path[0] = str(ROOT)
 from benchmarks.faults import PROCESSES, Run, calm_run, compare, lines, seconds, strike  # noqa: E402
 
 KINDS = ("driver", "learner", "sampler", "reward", "raylet")
+ROLES = {"driver", "learner", "sampler", "reward", "raylet"}
 INTERVAL = 5.0
 RECIPE = """
 stage: grpo
@@ -60,7 +62,7 @@ eval:
 
 
 class Memory:
-    """Resident memory of the run's processes, read in a thread."""
+    """Resident memory of the run's processes while it is at work, read in a thread."""
 
     def __init__(self) -> None:
         self.run: Run | None = None
@@ -70,17 +72,17 @@ class Memory:
         self._thread.start()
 
     def _read(self) -> None:
-        start = time.monotonic()
+        start, together, since = time.monotonic(), set(), 0
         while not self._stop.wait(INTERVAL):
             if self.run is None:
                 continue
-            found = {}
-            for process in self.run.processes(""):
-                try:
-                    found[process.pid] = (kind_of(process), process.memory_info().rss)
-                except psutil.NoSuchProcess:
-                    continue
-            self.readings.append((time.monotonic() - start, found))
+            found = read_processes(self.run)
+            kinds = [kind for kind, _ in found.values()]
+            here = {number for number, (kind, _) in found.items() if kind in ROLES}
+            if here != together:
+                together, since = here, self.run.progress()
+            if kinds.count("sampler") == 2 and not ROLES - set(kinds) and self.run.progress() >= since + 3:
+                self.readings.append((time.monotonic() - start, found))
 
     def close(self) -> None:
         self._stop.set()
@@ -88,29 +90,37 @@ class Memory:
 
     def slopes(self) -> dict[str, Any]:
         """MiB an hour: of the sum, with its standard error, and of each kind of process."""
-        whole, since = [], None
-        for at, found in self.readings:
-            kinds = [kind for kind, _ in found.values()]
-            if kinds.count("sampler") != 2 or {"driver", "learner", "reward", "raylet"} - set(kinds):
-                since = None
-                continue
-            since = at if since is None else since
-            if at - since > 30:
-                whole.append((at, sum(size for _, size in found.values())))
+        whole = [(at, sum(size for _, size in found.values())) for at, found in self.readings]
         of: dict[tuple[int, str], list[tuple[float, int]]] = defaultdict(list)
         for at, found in self.readings:
             for number, (kind, size) in found.items():
                 of[number, kind].append((at, size))
         each: dict[str, list[float]] = defaultdict(list)
         for (_, kind), values in of.items():
-            settled = [(at, size) for at, size in values if at - values[0][0] > 60]
-            if len(settled) > 60 / INTERVAL:
-                each[kind].append(slope(settled)[0])
+            if len(values) > 60 / INTERVAL:
+                each[kind].append(slope(values)[0])
         return {
             "whole": slope(whole) if len(whole) > 2 else None,
             "whole_mib": statistics.fmean(size for _, size in whole) / 2**20 if whole else None,
+            "first_and_last_mib": [
+                statistics.fmean(size for _, size in part) / 2**20 for part in (whole[:60], whole[-60:])
+            ]
+            if whole
+            else None,
+            "readings": len(whole),
             "each": {kind: [statistics.fmean(values), len(values)] for kind, values in sorted(each.items())},
         }
+
+
+def read_processes(run: Run) -> dict[int, tuple[str, int]]:
+    """Process -> what it is, and its resident bytes."""
+    found = {}
+    for process in run.processes(""):
+        try:
+            found[process.pid] = (kind_of(process), process.memory_info().rss)
+        except psutil.NoSuchProcess:
+            continue
+    return found
 
 
 def kind_of(process: psutil.Process) -> str:
@@ -185,7 +195,7 @@ def table(rounds: Sequence[dict[str, Any]], faults: Sequence[dict[str, Any]], wh
         each = ", ".join(f"{kind} {mean:+.0f} (n {n})" for kind, (mean, n) in whole["memory"]["each"].items())
         text += (
             f"\nMemory: {whole['memory']['whole_mib']:,.0f} MiB in all, slope {rate:+.0f} MiB an hour (standard error "
-            f"{error:.0f}); of single processes after their first minute, MiB an hour: {each}.\n"
+            f"{error:.0f}, {whole['memory']['readings']} readings); of single processes, MiB an hour: {each}.\n"
         )
     return text + (
         f"\nAlive 60 s after the end: {whole['orphans']}. Left in /dev/shm: {len(whole['left_in_shared_memory'])}.\n"
