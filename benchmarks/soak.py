@@ -72,7 +72,8 @@ class Memory:
         self._thread.start()
 
     def _read(self) -> None:
-        start, together, since = time.monotonic(), set(), 0
+        start, since = time.monotonic(), 0
+        together: set[int] = set()
         while not self._stop.wait(INTERVAL):
             if self.run is None:
                 continue
