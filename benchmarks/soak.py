@@ -9,9 +9,9 @@ seconds after the one before, but not before the run is further than it was then
 weights to the bit, its completions and its accuracy.
 
 Meanwhile the memory of all processes is read every 5 seconds. What counts is read while the run is at work: all of its
-processes are there, and it has made three steps with just these. Two slopes are fitted: of the sum, over all of the hours, and of
-each process that was at work for a minute and more, of which the mean is given. At the end nothing of the run may be alive, and
-nothing left in /dev/shm.
+processes are there, and it has made three steps with just these. Two slopes are fitted: of the sum, over all of the hours,
+and of each process that was at work for a minute and more, of which the mean is given. At the end nothing of the run may be
+alive, and nothing left in /dev/shm.
 
 Results are appended to soak.jsonl in --directory; the last line printed is one JSON object.
 """

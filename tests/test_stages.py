@@ -157,7 +157,7 @@ def test_dynamic_sampling_of_groups_that_are_carried(recipe: Path, tmp_path: Pat
     rewards = f"rewards=[{{func: '{tmp_path}/some.py:score'}}]"
     algorithm = "algorithm={preset: dapo, num_minibatches: 2, old_policy: sampler}"
     keys = [f"output_dir={out}", rewards, algorithm, "parity.measured_on=first_minibatch"]
-    keys += ["rollout.oversampling=1.5", "sampler.max_num_seqs=6", "max_steps=4"]
+    keys += ["rollout.oversampling=1.5", "sampler.max_num_seqs=6", "learner.share_prompts=true", "max_steps=4"]
     code, output = run("posttrain.grpo", str(recipe), *keys)
     assert code == 0, output
     lines = metrics(out)
