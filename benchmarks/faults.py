@@ -60,7 +60,7 @@ optimizer: {learning_rate: 2.0e-3}
 checkpoint: {save_steps: 10}
 """,
     "grpo": f"""
-max_steps: 10
+max_steps: 36
 model: {{model_name_or_path: HOME/policy/checkpoints/latest}}
 datasets: [{{task: letter_counting, levels: [1], size: 400}}]
 rewards: [{{func: "HOME/reward.py:score", name: accuracy}}]
@@ -84,7 +84,7 @@ sampler: {SAMPLER.replace("num_threads: 1", "num_threads: 1, max_num_seqs: 16")}
 CHAINS = {
     "sft": [["driver"] * 5],
     "reward_model": [["driver"] * 5],
-    "grpo": [["sampler", "reward", "hang", "slow"], ["driver", "learner", "raylet"]],
+    "grpo": [["sampler"] * 4 + ["reward"] * 4 + ["hang", "slow"], ["driver"] * 4 + ["learner"] * 4 + ["raylet"] * 4],
     "distill": [["sampler"] * 4 + ["reward"] * 4 + ["hang"], ["driver"] * 4 + ["raylet"] * 4],
 }
 # Ray's names of the processes; a driver is a command of the stage.
