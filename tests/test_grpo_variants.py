@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,16 +66,19 @@ def test_adapters_are_published_merged_and_a_resumed_run_repeats_an_unbroken_one
         "lora={r: 4, targets: [attention, routed_experts]}",
         "rollout.request_seeds=true",
         "algorithm.beta=0.05",
+        "checkpoint={save_steps: 1, save_total_limit: 3}",
+        "max_steps=3",
     ]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for out, steps in ((whole, ["3"]), (broken, ["2", "3"])):
-        for index, last in enumerate(steps):
-            words = ["--resume"] if index else []
-            code, output = run(
-                "posttrain.grpo", str(recipe), f"output_dir={out}", f"max_steps={last}", *settings, *words
-            )
-            assert code == 0, output
+    code, output = run("posttrain.grpo", str(recipe), f"output_dir={whole}", *settings)
+    assert code == 0, output
+    # As if it had been killed in its third step.
+    shutil.copytree(whole, broken, symlinks=True)
+    shutil.rmtree(broken / "checkpoints" / "step-3")
+    code, output = run("posttrain.grpo", str(recipe), f"output_dir={broken}", *settings, "--resume")
+    assert code == 0, output
     lines = metrics(whole)
+    assert len(lines) == 3
     names = ("reward/mean", "completion/length_mean", "policy/loss", "optim/grad_norm")
     assert [[line[name] for name in names] for line in metrics(broken)] == [
         [line[name] for name in names] for line in lines
