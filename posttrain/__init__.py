@@ -10,8 +10,9 @@ The rooms:
     on paper        plan.py with planning/ (memory, time, cost; simulation), architectures.py (shapes of published models)
     what flows      types.py: Prompt, Completion, Group, Sample, Microbatch, TrainBatch
     mathematics     losses.py, policy_losses.py, balance_losses.py, distillation_losses.py (a teacher's distribution),
-                    distillation.py (a teacher in the advantage), advantages.py, packing.py, prompt_sharing.py: pure functions; algorithms.py
-                    (presets), objective.py (a recipe's loss), conformance.py (the same gradient for every layout)
+                    distillation.py (a teacher in the advantage), advantages.py, packing.py, prompt_sharing.py (a group's
+                    prompt once): pure functions; algorithms.py (presets), objective.py (a recipe's loss), conformance.py
+                    (the same gradient for every layout)
     SFT             sft_data.py (chats to packed rows), preflight.py (a look before the first step), sft_trainer.py (losses,
                     checkpoints), sft_callbacks.py, sft_parts.py (puts them together)
     reward model    reward_data.py (pairs to tokens), reward_trainer.py, reward_metrics.py (what its scores are worth),

@@ -117,6 +117,8 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_train_begin(args, state, control, **kwargs)
         kept: Any = state.stateful_callbacks.get(type(self).__name__, {})
         self.early_stopping_patience_counter = kept.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True  # it was killed after its last step
 
 
 class StopOnRequest(TrainerCallback):

@@ -49,6 +49,13 @@ class WholeCheckpoints(Base):
         self._settle(require=False)
         return found
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Not if the checkpoint that the training goes on from was its last: the trainer looks only after a step."""
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Nothing: TRL's card would lie in the trainer's directory and not beside the model."""
 

@@ -123,6 +123,31 @@ def test_early_stopping_counts_on_over_a_resume(sft: Callable[..., PolicyTrainer
     resumed.train(resume_from_checkpoint=str(last))
     resumed.save_last(finished=True)
     assert resumed.state.global_step == stopped
+    # Killed after it had stopped: there is nothing left to do.
+    ended = sft("run", last.with_name(f"step-{stopped}"))
+    ended.train(resume_from_checkpoint=str(last.with_name(f"step-{stopped}")))
+    assert ended.state.global_step == stopped
+
+
+def test_a_run_that_was_killed_after_its_last_step_takes_no_other(policy_path: Path, tmp_path: Path) -> None:
+    chats = write_chats(tmp_path / "chats.jsonl")
+
+    def trainer(last: Path | None) -> PolicyTrainer:
+        recipe = build_recipe(
+            policy_path, chats, tmp_path / "run", training={"max_steps": 3}, checkpoint={"save_steps": 1}
+        )
+        return sft_parts.build_trainer(
+            recipe, RunDir(recipe.run_dir), sft_parts.load_job(recipe, policy_path, last, join_ranks())
+        )
+
+    whole = trainer(None)
+    whole.train()
+    last = whole.save_last(finished=True)
+    before = {name: weight.clone() for name, weight in whole.model.state_dict().items()}
+    resumed = trainer(last)
+    resumed.train(resume_from_checkpoint=str(last))
+    assert resumed.state.global_step == 3 and resumed.save_last(finished=True) == last
+    assert all(torch.equal(weight, before[name]) for name, weight in resumed.model.state_dict().items())
 
 
 def test_what_was_logged_after_the_checkpoint_is_dropped_everywhere(tmp_path: Path) -> None:
