@@ -47,15 +47,15 @@ RECIPES = {
     "sft": f"""
 model: {{build: {BUILD}}}
 datasets: [{{task: letter_counting, levels: [1], size: 400, worked_fraction: 0.5}}]
-training: {{max_length: 128, per_device_train_batch_size: 4, max_steps: 80, logging_steps: 1}}
+training: {{max_length: 128, per_device_train_batch_size: 4, max_steps: 240, logging_steps: 1}}
 optimizer: {{learning_rate: 2.0e-3}}
 checkpoint: {{save_steps: 10}}
 """,
     "reward_model": """
 model: {model_name_or_path: HOME/policy/checkpoints/latest}
 datasets: [{task: letter_counting, levels: [1], size: 400}]
-training: {max_length: 96, max_steps: 60, per_device_train_batch_size: 4, logging_steps: 1}
-validation: {datasets: [{task: letter_counting, levels: [1], size: 40}], eval_steps: 60}
+training: {max_length: 96, max_steps: 180, per_device_train_batch_size: 4, logging_steps: 1}
+validation: {datasets: [{task: letter_counting, levels: [1], size: 40}], eval_steps: 180}
 optimizer: {learning_rate: 2.0e-3}
 checkpoint: {save_steps: 10}
 """,
