@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,15 @@ def story(checkpoint: Path, out: Path, rank: int, ranks: int, **section: Any) ->
     """Everything a learner is asked for in a run, in turn: gradients, logprobs before and after steps, files, going on."""
     learner = make(checkpoint, **section)
     samples = random_samples(LENGTHS)
-    batch = pack(samples, world_size=ranks, max_tokens_per_microbatch=32, row_length=32, pad_token_id=0)[rank]
+    samples[5] = replace(samples[5], prompt_ids=samples[2].prompt_ids)
+    batch = pack(
+        samples,
+        world_size=ranks,
+        max_tokens_per_microbatch=32,
+        row_length=32,
+        pad_token_id=0,
+        share_prompts=section.get("share_prompts", False),
+    )[rank]
     algorithm = AlgorithmSection(beta=0.05)
     found: dict[str, Any] = {"held": sum(_local(p).numel() for p in learner._model.parameters())}
     before = learner.score(batch, samples, near_tie_margin=1e-5)
@@ -109,7 +118,9 @@ def on_two_ranks(checkpoint: Path, out: Path, **section: Any) -> list[dict[str, 
 
 
 @pytest.mark.parametrize(
-    "section", [{}, {"gradient_checkpointing": True, "logits_chunk": 5}], ids=["plain", "checkpointing, small chunks"]
+    "section",
+    [{}, {"gradient_checkpointing": True, "logits_chunk": 5, "share_prompts": True}],
+    ids=["plain", "checkpointing, small chunks, prompts in common"],
 )
 def test_spread_over_two_ranks_is_one_rank(checkpoint: Path, tmp_path: Path, section: dict[str, Any]) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
