@@ -23,6 +23,7 @@ from posttrain.stage_process import locked, run_process
 # Killed by the kernel or a supervisor, or by a fault in native code. SIGTERM and SIGINT are somebody's wish to end it.
 _KILLED = tuple(128 + number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS))
 _LONGEST_WAIT = 60.0
+_ANSWERS = ("journal", "generations")  # directories of what distillation and evaluation have got so far
 _RUNNING = "POSTTRAIN_RUNNING"  # environment variable: the file that says that a stage has not come to its end
 
 
@@ -71,16 +72,18 @@ def run(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> int:
     """
     log = FaultLog(recipe.run_dir)
     with locked(recipe.run_dir) as lock:
+        idle = 0  # tries in a row that brought nothing
         for restart in range(max_restarts + 1):
-            words = list(arguments)
+            words, before = list(arguments), _kept(recipe)
             if restart and "--resume" not in words and can_resume(recipe):
                 words.append("--resume")
             start = time.monotonic()
             code = _run_once(recipe, words, lock)
             if code not in (EXIT_TRY_AGAIN, *_KILLED) or restart == max_restarts:
                 return code
-            # At once after hours of work, later and later when it does not get far.
-            wait = max(0.0, min(2.0**restart, _LONGEST_WAIT) - (time.monotonic() - start))
+            # At once after some work, later and later when it does not get on.
+            idle = 0 if _kept(recipe) != before else idle + 1
+            wait = max(0.0, min(2.0**idle, _LONGEST_WAIT) - (time.monotonic() - start)) if idle else 0.0
             log(
                 "stage_restarted",
                 f"{recipe.stage} ended with exit code {code}; started again ({restart + 1} of {max_restarts})",
@@ -92,7 +95,12 @@ def run(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> int:
 
 def can_resume(recipe: Recipe) -> bool:
     """Whether there is something to go on from: a checkpoint of a step, or answers that were paid for."""
-    kept = ("journal", "generations")
     return checkpoint.newest_trained(recipe.run_dir / "checkpoints") is not None or any(
-        (recipe.run_dir / name).is_dir() for name in kept
+        (recipe.run_dir / name).is_dir() for name in _ANSWERS
     )
+
+
+def _kept(recipe: Recipe) -> tuple[Path | None, int]:
+    """What a run has got to: its newest checkpoint, and the bytes of its answers."""
+    files = (path for name in _ANSWERS for path in (recipe.run_dir / name).rglob("*") if path.is_file())
+    return checkpoint.newest_trained(recipe.run_dir / "checkpoints"), sum(path.stat().st_size for path in files)

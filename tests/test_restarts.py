@@ -68,6 +68,24 @@ def test_what_was_killed_goes_on_from_its_checkpoint_and_before_that_begins_anew
     assert seen == [first, first, [*first, "--resume"]]
 
 
+def test_what_gets_on_is_started_at_once_and_what_does_not_later_and_later(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = ends(monkeypatch, *[137] * 7, 0)
+    monkeypatch.setattr(restarts, "_LONGEST_WAIT", 5.0)
+    scripted, waits = restarts.run_process, []
+    monkeypatch.setattr(restarts.time, "sleep", lambda seconds: waits.append(round(seconds)))
+
+    def run_process(*arguments: Any) -> int:
+        if len(seen) in (0, 4, 5):  # the first, the fifth and the sixth try save something
+            save(file.parent / "run" / "checkpoints", len(seen) + 1, lambda path: None, {}, keep=1)
+        return scripted(*arguments)
+
+    monkeypatch.setattr(restarts, "run_process", run_process)
+    assert main(file, "--max-restarts", "7") == 0
+    assert waits == [0, 2, 4, 5, 0, 0, 2]
+
+
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 130, 143])
 def test_what_somebody_has_to_mend_or_has_wished_is_not_tried_again(
     file: Path, monkeypatch: pytest.MonkeyPatch, code: int
