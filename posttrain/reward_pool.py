@@ -135,7 +135,7 @@ def _gather(
             counts["restarts"] += 1
             complaint = lost
             if attempt < limits.retries:
-                time.sleep(2**attempt)  # Ray is starting it again
+                actors.wait_for_next()
                 counts["retried"] += 1
                 call = actors.submit_to_any([groups[place] for place in places])
         if report is None:

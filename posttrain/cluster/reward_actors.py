@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from rewards.scoring import Item, RewardFunction
     from rewards.warden import Limits, Report
 
+_START_SECONDS = 300.0
+
 
 class _RewardActor:
     """A `rewards.warden.Warden` on some node of the cluster."""
@@ -25,6 +27,9 @@ class _RewardActor:
 
     def score(self, groups: Sequence[Sequence[Item]]) -> Report:
         return self._warden.score(groups)
+
+    def is_there(self) -> bool:
+        return True
 
     def close(self) -> None:
         self._warden.close()
@@ -58,6 +63,14 @@ class RewardActors:
         """Give groups to the actor whose turn it is."""
         self._next += 1
         return self._actors[self._next % len(self._actors)].score.remote(groups)
+
+    def wait_for_next(self) -> None:
+        """Until the actor whose turn is next is there: Ray starts one that died again, which takes seconds, and whatever is
+        sent meanwhile is refused. After five minutes it is tried all the same.
+        """
+        actor = self._actors[(self._next + 1) % len(self._actors)]
+        # This one call Ray keeps and repeats until there is somebody to answer.
+        ray.wait([actor.is_there.options(max_task_retries=-1).remote()], timeout=_START_SECONDS)
 
     def wait(self, call: Any) -> tuple[Report | None, str]:
         """The report of a submitted part, or None and why there is none: the actor is gone."""
