@@ -153,3 +153,15 @@ def test_the_exit_code_tells_a_supervisor_whether_to_try_again(
 
     assert cli.run_stage("sft", run, [str(file)]) == code
     assert capsys.readouterr().err == "stopped: gone\n"
+
+
+def test_a_ray_that_a_busy_machine_does_not_start_in_time_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from posttrain.cluster import connection
+
+    def init(**_: Any) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(connection.ray, "init", init)
+    with pytest.raises(RunInterrupted, match="within 30 seconds.*--max-restarts"), connection.session(None, 1):
+        pass

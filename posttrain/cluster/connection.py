@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 
-from posttrain.errors import EXIT_TRY_AGAIN, RunStopped
+from posttrain.errors import EXIT_TRY_AGAIN, RunInterrupted, RunStopped
 from posttrain.process_logs import gather, point_to
 from posttrain.ray_network import CLUSTER_SWITCH, LOOPBACK, require_closed
 
@@ -31,6 +31,25 @@ def _own_sigterm() -> Iterator[None]:
     yield
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """A machine that is too busy for Ray to start within its 30 seconds is no reason to do anything but to try again.
+
+    Raises:
+        RunInterrupted: that has happened.
+    """
+    try:
+        yield
+    except Exception as error:  # it has no type of its own
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        raise RunInterrupted(
+            "Ray did not start within 30 seconds: the machine is very busy; try again when it is less so (--max-restarts N "
+            "does that by itself)"
+        ) from error
 
 
 @contextmanager
@@ -67,6 +86,7 @@ def session(address: str | None, num_cpus: float, logs: Path | None = None) -> I
 
     Raises:
         RunStopped: the cluster has too few CPUs for the actors, or others can reach it without a token.
+        RunInterrupted: the machine was too busy to start Ray.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     require_closed(address, os.environ)
@@ -76,7 +96,7 @@ def session(address: str | None, num_cpus: float, logs: Path | None = None) -> I
         if address:
             ray.init(address=address, log_to_driver=False, logging_level="error")
         else:
-            with _only_this_machine():
+            with _only_this_machine(), _patient():
                 ray.init(
                     address="local",  # without it Ray would join any cluster that was ever started on this machine
                     num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.999)),
