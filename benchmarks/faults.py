@@ -74,7 +74,7 @@ checkpoint: {{save_steps: 2}}
 """,
     "distill": f"""
 teacher: {{model: {{model_name_or_path: HOME/policy/checkpoints/latest}}}}
-datasets: [{{task: letter_counting, levels: [1], size: 150}}]
+datasets: [{{task: letter_counting, levels: [1, 2, 3], size: 1000}}]
 generation: {{num_generations: 4, max_completion_length: 96}}
 rewards: [{{func: "HOME/reward.py:score", name: accuracy}}]
 selection: {{pick: all}}
