@@ -183,22 +183,29 @@ def strike(run: Run, fault: str, rng: random.Random) -> dict[str, Any] | None:
     if not found:
         return None
     before, said = run.progress(), len(run.events(SAYS.get(fault, "")))
-    joined = len(run.events("sampler_joined"))
     victim, start = rng.choice(found), time.time()
     if fault == "slow":
         threading.Thread(target=slow_down, args=(victim,), daemon=True).start()
     else:
         victim.send_signal(signal.SIGSTOP if fault == "hang" else signal.SIGKILL)
-    measured: dict[str, Any] = {"fault": fault, "at": before}
+    measured: dict[str, Any] = {"fault": fault, "at": before, "time": start}
     if fault in SAYS:
         if not run.wait_for(lambda: len(run.events(SAYS[fault])) > said):
             return None
         measured["detected"] = run.events(SAYS[fault])[said]["time"] - start
     if run.wait_for(lambda: run.progress() > before):
         measured["recovered"] = time.time() - start
-    if fault in ("sampler", "hang", "slow") and run.wait_for(lambda: len(run.events("sampler_joined")) > joined):
-        measured["replaced"] = run.events("sampler_joined")[joined]["time"] - start
     return measured
+
+
+def note_replacements(run: Run, faults: Sequence[dict[str, Any]]) -> None:
+    """When the new samplers came, which nobody waited for: of each lost one the next that joined."""
+    joined = [event["time"] for event in run.events("sampler_joined")]
+    for fault in faults:
+        later = [moment for moment in joined if moment > fault["time"]]
+        if fault["fault"] in ("sampler", "hang", "slow") and later:
+            fault["replaced"] = later[0] - fault["time"]
+            joined.remove(later[0])
 
 
 def slow_down(process: psutil.Process) -> None:
@@ -299,7 +306,9 @@ def attempt(home: Path, seed: int, stage: str, number: int, place: int, faults: 
         part = max(1, int(0.8 * end / len(faults)))
         measured.append(inject(run, fault, rng, 1 + index * part, (index + 1) * part))
     orphans = run.finish()
-    row = {"stage": stage, "try": number, "chain": place, "faults": [fault for fault in measured if fault is not None]}
+    struck = [fault for fault in measured if fault is not None]
+    note_replacements(run, struck)
+    row = {"stage": stage, "try": number, "chain": place, "faults": struck}
     row |= {**compare(stage, out, calm), "missed": measured.count(None), "last_process_seconds": orphans}
     print(f"  {json.dumps(row)}", flush=True)
     return row

@@ -35,7 +35,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from benchmarks.faults import PROCESSES, Run, calm_run, compare, lines, seconds, strike  # noqa: E402
+from benchmarks.faults import PROCESSES, Run, calm_run, compare, note_replacements, seconds, strike  # noqa: E402
 
 KINDS = ("driver", "learner", "sampler", "reward", "raylet")
 ROLES = {"driver", "learner", "sampler", "reward", "raylet"}
@@ -227,20 +227,25 @@ def main() -> int:
     results = home / "soak.jsonl"
 
     def keep(row: dict[str, Any]) -> None:
+        struck.append(row)
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
 
     rng, memory, before = random.Random(options.seed), Memory(), shared_memory()
     start, orphans, ended = time.monotonic(), 0, []
+    faults: list[dict[str, Any]] = []
     while time.monotonic() - start < options.hours * 3600:
         out = home / f"round-{int(time.time())}"
-        began, struck = time.monotonic(), len(lines(results))
+        began = time.monotonic()
+        struck: list[dict[str, Any]] = []
         run = memory.run = Run("grpo", home, out, "--max-restarts", "1000000")
         soak_round(run, rng, start + options.hours * 3600, keep)
         run.finish()
+        note_replacements(run, struck)
+        faults += struck
         orphans += len(run.processes(""))
-        ended.append((out, (time.monotonic() - began) / 60, len(lines(results)) - struck))
+        ended.append((out, (time.monotonic() - began) / 60, len(struck)))
     memory.close()
     calm, _ = calm_run(home, "grpo")
     rounds = [
@@ -255,7 +260,7 @@ def main() -> int:
         "left_in_shared_memory": sorted(shared_memory() - before),
         "hours": (time.monotonic() - start) / 3600,
     }
-    text = table(rounds, [row for row in lines(results) if "fault" in row], whole)
+    text = table(rounds, faults, whole)
     print(text)
     if options.write:
         head, mark, rest = options.write.read_text().partition("<!-- soak -->\n")
