@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from posttrain.cli import run_stage
 from posttrain.recipe import RECIPES, DatasetSection, GrpoRecipe, Recipe, RecipeError, RewardSection, SftRecipe
@@ -412,3 +414,20 @@ def test_a_wrong_sft_recipe_is_refused_with_the_cure(overrides: str, words: str,
 
 def test_errors_are_value_errors() -> None:
     assert issubclass(RecipeError, ValueError)
+
+
+def test_what_a_recipe_goes_on_from_is_what_another_one_writes() -> None:
+    """Run as they are, without a pipeline that says where things are."""
+    made: set[str] = set()
+    trees = {path: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "recipes").rglob("*.yaml"))}
+    trees = {path: tree for path, tree in trees.items() if "stage" in tree}  # not the descriptions of clusters
+    for path, tree in trees.items():
+        name = tree.get("run_name", path.stem)
+        made |= {f"{name}/{stage['name']}" for stage in tree["stages"]} if tree["stage"] == "pipeline" else {name}
+    wanted = {
+        (path.name, found)
+        for path, tree in trees.items()
+        for found in re.findall(r"\bruns/([\w/]+)/(?:checkpoints|dataset|pairs|generations)\b", path.read_text())
+        if tree["stage"] != "pipeline"
+    }
+    assert wanted and not {(name, found) for name, found in wanted if found not in made}
