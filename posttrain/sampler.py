@@ -28,6 +28,7 @@ from posttrain.decoding import completion_text
 from posttrain.health import Pulse
 from posttrain.request_loop import RequestLoop
 from posttrain.sampler_layout import require_layout
+from posttrain.shared_names import drop_names, mapped_names
 from posttrain.threads import thread_environment
 from posttrain.types import Completion, Prompt, SamplingParams
 
@@ -165,7 +166,7 @@ class Sampler:
                 **settings,
             )
         if tensor_parallel_size > 1:
-            self._rpc("leave_no_names")
+            drop_names([*mapped_names(), *(name for names in self._rpc_all("shared_names") for name in names)])
             if enable_expert_parallel and self._on_cpu:
                 self._rpc("keep_to_own_experts")
         self._engine = self._llm.llm_engine

@@ -11,7 +11,6 @@ import ctypes
 import os
 import signal
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
 
+from posttrain.shared_names import mapped_names
 from posttrain.weight_buckets import Bucket
 from posttrain.wire import Digest
 
@@ -65,12 +65,9 @@ class WorkerExtension:
         runner.reset_mm_cache()
         return self._arrived.hexdigest()
 
-    def leave_no_names(self) -> None:
-        """Take the names of memory that vLLM's CPU workers share from /dev/shm: all have it by now, and would leave the names
-        behind when they are killed."""
-        group = os.environ.get("VLLM_DIST_IDENT")
-        for path in Path("/dev/shm").glob(f"*{group}-*cpushm*") if group else ():
-            path.unlink(missing_ok=True)  # by another worker
+    def shared_names(self) -> list[str]:
+        """Files of /dev/shm that this process has mapped."""
+        return mapped_names()
 
     def keep_to_own_experts(self) -> None:
         """Of an engine on CPU whose experts are spread: compute those that this worker holds; others do the rest.

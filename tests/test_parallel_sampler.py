@@ -18,6 +18,7 @@ from posttrain.wire import digest_of_all
 
 # Both engines in one process: that on one device computes in it, the other one in two worker processes.
 TWO = """
+from posttrain.shared_names import mapped_names
 from posttrain.wire import Digest, WireTensor
 
 def processes():
@@ -31,13 +32,15 @@ def digest(weights):
     found.add([WireTensor.of(name, tensor) for name, tensor in weights])
     return found.hexdigest()
 
-names = set(os.listdir("/dev/shm"))
 several = Sampler(
     path, dtype="float32", max_model_len=512, max_num_seqs=8, gpu_memory_utilization=0.5, trust_remote_code=False, seed=0,
     tensor_parallel_size=2, enable_expert_parallel=EXPERTS,
 )
 params, prompt = SamplingParams(24, num_generations=4), Prompt("a", (), ids[:9])
-found = {"processes": len(processes()), "cpushm": [name for name in os.listdir("/dev/shm") if "cpushm" in name]}
+def shared():
+    return [*mapped_names(), *(name for names in several._rpc_all("shared_names") for name in names)]
+
+found = {"processes": len(processes()), "names": shared()}
 
 def same(ours_TLK, theirs_TLK):
     return ours_TLK.shape == theirs_TLK.shape and ours_TLK.shape[1:] == (1, 2) and not (ours_TLK - theirs_TLK).any()
@@ -95,7 +98,7 @@ found["missed"], found["new"] = several.update_weights(checkpoint_tensors(policy
 """
 
 END = """
-found["names"], found["workers"] = sorted(set(os.listdir("/dev/shm")) - names), processes()
+found["workers"] = processes()
 print(json.dumps(found), flush=True)
 """
 
@@ -114,7 +117,7 @@ def found(policy_path: Path) -> Any:
 
 
 def check_agreement(found: dict[str, Any]) -> None:
-    assert found["processes"] == 2 and found["cpushm"] == []
+    assert found["processes"] == 2 and found["names"] == []  # in /dev/shm, which nobody can leave behind then
     for when, version in (("before", 0), ("after", 1)):
         there = found[when]
         assert there["transformers"] < 1e-5 and there["one_device"] < 1e-5, there
@@ -142,9 +145,8 @@ def test_a_worker_that_missed_a_publication_is_seen(found: dict[str, Any]) -> No
 
 
 def test_nothing_is_left_of_a_killed_sampler(found: dict[str, Any]) -> None:
-    assert found["names"] and len(found["workers"]) == 2  # there was something to leave
+    assert len(found["workers"]) == 2
     wait_for(lambda: not any(map(is_running, found["workers"])), 20)
-    wait_for(lambda: not set(found["names"]) & set(os.listdir("/dev/shm")), 20)
 
 
 def is_running(pid: int) -> bool:
@@ -162,6 +164,7 @@ def test_publications_to_a_sampler_of_two_devices_in_ray(policy_path: Path) -> N
 
     from posttrain.cluster import session
 
+    names = set(Path("/dev/shm").glob("psm_*"))
     with session(None, 4):
         parts = Parts(policy_path, skip_version=2, tensor_parallel_size=2)
         parts.publisher.publish(0)
@@ -183,6 +186,7 @@ def test_publications_to_a_sampler_of_two_devices_in_ray(policy_path: Path) -> N
         wait_for(lambda: parts.samplers.fleet.restarts == 1 and parts.samplers.fleet.num_serving == 1, 280)
         assert parts.learner.score(parts.rollout(), near_tie_margin=NEAR_TIE).parity.gap_max < 1e-4
     wait_for(lambda: not our_workers(), 30)
+    wait_for(lambda: set(Path("/dev/shm").glob("psm_*")) <= names, 30)
 
 
 def our_workers() -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,17 +16,18 @@ from stage_commands import ROOT
 from posttrain.architectures import ARCHITECTURES, Architecture
 from posttrain.cli import check_recipe
 from posttrain.dry_run import describe
-from posttrain.errors import RunStopped
+from posttrain.errors import ParityError, RunStopped
 from posttrain.placement import bundle, require_room
 from posttrain.planning.hardware import load_hardware
 from posttrain.planning.plans import make_plan
 from posttrain.planning.stages import Assumptions
-from posttrain.recipe import GrpoRecipe, SamplerSection
+from posttrain.recipe import GrpoRecipe, ParitySection, SamplerSection
 from posttrain.recipe_file import load_recipe
 from posttrain.sampler import Sampler
 from posttrain.sampler_layout import require_layout
 from posttrain.weight_buckets import filled, in_buckets
-from posttrain.wire import Digest, WireTensor, digest_of_all
+from posttrain.weights import Publisher
+from posttrain.wire import Digest, LoadReport, WeightSnapshot, WireTensor, digest_of_all
 
 V3, QWEN = ARCHITECTURES["deepseek-ai/DeepSeek-V3"], ARCHITECTURES["Qwen/Qwen3-30B-A3B"]
 DENSE = ARCHITECTURES["Qwen/Qwen2.5-7B"]
@@ -160,3 +163,17 @@ def test_a_sampler_reports_the_worker_that_missed_something() -> None:
         digest_of_all("sent", "noisy", ("noisy", "noisy")) == "sent"
     )  # a deliberate fault, which the canary is to find
     assert digest_of_all("sent", "sent", ("sent", "old")) == "old"
+
+
+def test_a_publication_that_a_worker_missed_has_no_valid_receipt() -> None:
+    admitted = []
+    snapshot = WeightSnapshot(4, "sent", 10, ())
+    report = LoadReport(4, digest_of_all("sent", "sent", ("sent", "old")), 1.0, ())
+    fleet = SimpleNamespace(admit=lambda version, proved: admitted.append((version, list(proved))))
+    samplers: Any = SimpleNamespace(fleet=fleet, load_weights=lambda snapshot, canary: {0: report})
+    learner: Any = SimpleNamespace(export_weights=lambda version: snapshot)
+    with pytest.raises(
+        ParityError, match="sampler 0: received old where sent was sent: .* worker process .* missed it"
+    ):
+        Publisher(learner, samplers, ParitySection(), []).publish(4)
+    assert admitted == [(4, [])]
