@@ -32,7 +32,7 @@ def checkpoint_workers(model: ModelSection, sampler: SamplerSection, seed: int) 
     """vLLM workers on a checkpoint for as long as the context lasts: a `SamplerPool`."""
     from posttrain.cluster import SamplerPool, session
 
-    with session(None, sampler.num_workers * sampler.num_cpus):
+    with session(None, sampler.cpus):
         pool = SamplerPool(absolute(model), sampler, seed)
         pool.wait_until_ready()
         yield pool

@@ -90,7 +90,7 @@ def answer(
     speculative_tokens: int,
 ) -> Answers:
     """Start an engine in a process of its own, generate one completion per prompt, stop it."""
-    environment = engine_environment(sampler.num_threads, sampler.kv_cache_gib)
+    environment = engine_environment(sampler.num_threads, sampler.kv_cache_gib, sampler.tensor_parallel_size)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=_enter, initargs=(environment,)) as process:
         return process.submit(_answer, model, sampler, prompts, params, speculative_tokens).result()
@@ -118,6 +118,8 @@ def _answer(
         trust_remote_code=model.trust_remote_code,
         seed=0,
         speculative_tokens=speculative_tokens,
+        tensor_parallel_size=section.tensor_parallel_size,
+        enable_expert_parallel=section.enable_expert_parallel,
     )
     sampler.generate(prompts[:1], SamplingParams(4, temperature=0.0))  # the first steps of an engine are slow
     start = time.perf_counter()

@@ -32,13 +32,15 @@ The rooms:
                     published.py
     looking         watch.py, watch_server.py (the report while a run goes on), watch_view.py (terminal); eval/report*.py and
                     eval/page/ (the page), eval/plots.py
-    engines         sampler.py with request_loop.py, vllm_extension.py, decoding.py (vLLM), learner.py (accelerate) with
-                    step_guard.py (steps that must not be taken)
+    engines         sampler.py with request_loop.py, vllm_extension.py, decoding.py (vLLM), sampler_layout.py (over several
+                    devices) with shared_names.py (in /dev/shm), learner.py (accelerate) with step_guard.py (steps
+                    that must not be taken)
     the policy      model/: load, router, balance, mtp (multi-token prediction), lora, upcycle, policy_files, reward_head, fp8,
                     conversion, checkpoint_files, adapter_deltas
     export, serving export.py, export_check.py (both engines agree), model_card.py, serve.py (vLLM's server), quantized.py
                     (what must be converted)
-    agreement       wire.py, weights.py (publication and its receipt), parity.py (sampler against learner, token by token)
+    agreement       wire.py, weights.py (publication and its receipt), weight_buckets.py (to an engine's worker processes),
+                    parity.py (sampler against learner, token by token)
     the cluster     cluster/: the only room that imports ray; dispatch.py (prompts to samplers), fleet.py (samplers that come
                     and go), health.py (who hangs or crawls), placement.py (room on the nodes), threads.py
     the run         grpo_job.py, rollout.py, run_dir.py, metrics.py, token_records.py (tokens that samples keep), router_log.py

@@ -128,7 +128,7 @@ def _start_engines(job: DistillJob, stack: ExitStack) -> None:
     from posttrain.cluster import SamplerPool, session
     from posttrain.reward_pool import RewardPool
 
-    workers = recipe.sampler.num_workers * recipe.sampler.num_cpus if is_local else 0
+    workers = recipe.sampler.cpus if is_local else 0
     judges = sum(reward.num_workers * reward.num_cpus for reward in recipe.rewards)
     stack.enter_context(session(recipe.ray_address, workers + judges, recipe.run_dir / LOGS))
     if recipe.rewards:

@@ -166,6 +166,9 @@ def _source(section: DatasetSection) -> str:
 
 def _sampler(section: SamplerSection) -> str:
     workers = "1 vLLM worker" if section.num_workers == 1 else f"{section.num_workers} vLLM workers"
+    if section.tensor_parallel_size > 1:
+        experts = ", whole experts on each" if section.enable_expert_parallel else ""
+        workers += f" of {section.tensor_parallel_size} devices{experts}"
     return f"sampler     {workers}, up to {section.max_num_seqs} sequences each of up to {section.max_model_len} tokens"
 
 
@@ -242,9 +245,11 @@ def _memory(
     if beta > 0 and not adapters:
         lines.append(f"its reference {size(count * 4 / shares)}: float32 weights")
     if sampler is not None:
-        weights, cache = count * _BYTES[model.dtype], int(sampler.kv_cache_gib * 2**30)
+        devices = sampler.tensor_parallel_size
+        weights, cache = count * _BYTES[model.dtype] / devices, int(sampler.kv_cache_gib * 2**30)
+        one = "each sampler" if devices == 1 else f"each of a sampler's {devices} devices"
         on_gpu = f"{sampler.gpu_memory_utilization:.0%} of the memory on a GPU"
-        lines.append(f"each sampler {size(weights + cache)}: weights {size(weights)}, KV cache {size(cache)}; {on_gpu}")
+        lines.append(f"{one} {size(weights + cache)}: weights {size(weights)}, KV cache {size(cache)}; {on_gpu}")
     lines.append("on top of it: activations, and 1 to 2 GB of runtime a process")
     return [f"memory      {lines[0]}", *(f"            {line}" for line in lines[1:])]
 

@@ -469,10 +469,7 @@ def _cpus(recipe: GrpoRecipe) -> float:
     """What the actors of a run reserve."""
     rewards = [*recipe.rewards, *([recipe.audit.verifier] if recipe.audit else [])]
     trained = 2 if recipe.algorithm.baseline == "critic" else 1
-    engines = (
-        trained * recipe.learner.num_workers * recipe.learner.num_cpus
-        + recipe.sampler.num_workers * recipe.sampler.num_cpus
-    )
+    engines = trained * recipe.learner.num_workers * recipe.learner.num_cpus + recipe.sampler.cpus
     return engines + sum(reward.num_workers * reward.num_cpus for reward in rewards)
 
 

@@ -42,12 +42,13 @@ def require_room(
     }.get(placement, sum(fits))
     if held >= count:
         return
+    also = f", {role}.tensor_parallel_size" if role == "sampler" else ""
     each = ", ".join(f"{name}: {amount:g}" for name, amount in needed.items())
     found = "; ".join(", ".join(f"{name}: {node.get(name, 0):g}" for name in needed) for node in nodes)
     where = {"strict_spread": " on nodes of their own", "strict_pack": " on one node"}.get(placement, "")
     raise RunStopped(
         f"{role}.num_workers={count} workers with {{{each}}} each{where}: the cluster holds {held} (its nodes have {found}); "
-        f"add nodes, or change {role}.num_workers, {role}.resources or {role}.placement"
+        f"add nodes, or change {role}.num_workers{also}, {role}.resources or {role}.placement"
     )
 
 

@@ -3,7 +3,8 @@
 With `speculative_tokens` the checkpoint's multi-token prediction module drafts tokens that the policy verifies: the same
 text, in fewer steps where drafts are accepted (`speculation_counts`).
 
-The engine lives in the calling process (a Ray actor in the pipeline, a plain process in tests). Logprobs are those of the
+The engine lives in the calling process (a Ray actor in the pipeline, a plain process in tests). One on several devices
+(`tensor_parallel_size`) has a worker process for each of them, which do not outlive it. Logprobs are those of the
 distribution that is sampled from (temperature, top-p and top-k applied): vLLM's default would ignore all three.
 
 Several threads may call: generations of one go on beside those of another, and `update_weights` changes the policy under
@@ -17,6 +18,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,8 @@ import numpy as np
 from posttrain.decoding import completion_text
 from posttrain.health import Pulse
 from posttrain.request_loop import RequestLoop
+from posttrain.sampler_layout import require_layout
+from posttrain.shared_names import drop_names, mapped_names
 from posttrain.threads import thread_environment
 from posttrain.types import Completion, Prompt, SamplingParams
 
@@ -33,8 +37,22 @@ if TYPE_CHECKING:
     from vllm.logprobs import FlatLogprobs
 
 
-def engine_environment(num_threads: int, kv_cache_gib: float) -> dict[str, str]:
-    """Environment variables that must be set before vLLM is imported in the engine's process."""
+# Workers on one node meet on it, and nobody else is to reach them: gloo and vLLM would take the host's address.
+_ON_THIS_NODE = {
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with threads may hang
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+
+
+def engine_environment(num_threads: int, kv_cache_gib: float, tensor_parallel_size: int = 1) -> dict[str, str]:
+    """Environment variables that must be set before vLLM is imported in the engine's process.
+
+    Args:
+        num_threads: OpenMP threads of each device on CPU.
+        kv_cache_gib: of each device on CPU.
+        tensor_parallel_size: devices.
+    """
     return {
         # The engine is stepped by its caller: half the start-up time, and a crash takes the whole actor down.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -45,6 +63,7 @@ def engine_environment(num_threads: int, kv_cache_gib: float) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         **thread_environment(num_threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        **(_ON_THIS_NODE if tensor_parallel_size > 1 else {}),
     }
 
 
@@ -72,9 +91,11 @@ class Sampler:
         speculative_tokens: drafted per step by the checkpoint's multi-token prediction module; 0 does without. On CPU
             such a sampler is greedy only, see `require_exact`.
         max_candidates: the largest top_k that will be asked for.
+        tensor_parallel_size: devices of this node that the policy is spread over.
+        enable_expert_parallel: whether each of them holds whole experts instead of a part of each.
 
     Raises:
-        ValueError: there is no such module.
+        ValueError: there is no such module, or the policy cannot be spread like that.
     """
 
     def __init__(
@@ -89,18 +110,33 @@ class Sampler:
         seed: int,
         speculative_tokens: int = 0,
         max_candidates: int = 0,
+        tensor_parallel_size: int = 1,
+        enable_expert_parallel: bool = False,
     ) -> None:
+        config = _config(model_path, trust_remote_code=trust_remote_code)
+        if tensor_parallel_size > 1:
+            require_layout(config, tensor_parallel_size, expert_parallel=enable_expert_parallel)
+            if speculative_tokens:
+                raise ValueError(
+                    f"speculative_tokens={speculative_tokens} with tensor_parallel_size={tensor_parallel_size}: drafts are "
+                    f"not supported by a sampler of several devices; set one of the two to its default (0 and 1)"
+                )
         from vllm import LLM
         from vllm.platforms import current_platform
 
         settings: dict[str, Any] = {}
         self._on_cpu = current_platform.is_cpu()
+        self._devices = tensor_parallel_size
+        if tensor_parallel_size > 1:
+            settings["tensor_parallel_size"] = tensor_parallel_size
+            settings["enable_expert_parallel"] = enable_expert_parallel
+            settings["distributed_executor_backend"] = "mp"
         if self._on_cpu:
             # vLLM's CPU kernel for interleaved rotary embedding computes wrong queries; its PyTorch code is right.
             settings["compilation_config"] = {"custom_ops": ["none"]}
             settings["enforce_eager"] = True
             # Experts are recorded as they are computed, which a cached prefix is not.
-            settings["enable_prefix_caching"] = not _is_moe(model_path, trust_remote_code=trust_remote_code)
+            settings["enable_prefix_caching"] = not config.get("num_experts_per_tok")
         else:
             settings["gpu_memory_utilization"] = gpu_memory_utilization
             settings["enable_return_routed_experts"] = True
@@ -113,21 +149,26 @@ class Sampler:
         # Each thread that calls OpenMP code has a team of threads of its own, and more of them than there are cores do
         # not spin: one thread does all the work, whoever asks for it.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._llm = self._run(
-            LLM,
-            model=model_path,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            trust_remote_code=trust_remote_code,
-            seed=seed,
-            max_logprobs=max(20, max_candidates),
-            # A step that has begun would sample with the old weights and be counted as the new version's.
-            async_scheduling=False,
-            logprobs_mode="processed_logprobs",
-            worker_extension_cls="posttrain.vllm_extension.WorkerExtension",
-            **settings,
-        )
+        with _known_to_workers() if tensor_parallel_size > 1 else nullcontext():
+            self._llm = self._run(
+                LLM,
+                model=model_path,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                trust_remote_code=trust_remote_code,
+                seed=seed,
+                max_logprobs=max(20, max_candidates),
+                # A step that has begun would sample with the old weights and be counted as the new version's.
+                async_scheduling=False,
+                logprobs_mode="processed_logprobs",
+                worker_extension_cls="posttrain.vllm_extension.WorkerExtension",
+                **settings,
+            )
+        if tensor_parallel_size > 1:
+            drop_names([*mapped_names(), *(name for names in self._rpc_all("shared_names") for name in names)])
+            if enable_expert_parallel and self._on_cpu:
+                self._rpc("keep_to_own_experts")
         self._engine = self._llm.llm_engine
         self._tokenizer = self._llm.get_tokenizer()
         self._loop = RequestLoop(self._engine, self._run)
@@ -263,7 +304,7 @@ class Sampler:
 
     def update_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], version: int, *, recompute: bool = False
-    ) -> None:
+    ) -> tuple[str, ...]:
         """Load a whole set of weights (Hugging Face names) in place of the present ones.
 
         What is being generated meanwhile goes on with the new weights from the next token. A drafting module keeps the
@@ -275,12 +316,29 @@ class Sampler:
             version: what the policy is called from now on.
             recompute: compute the cached keys and values of running requests again, with the new weights. Otherwise they
                 stay as the old policy left them.
+
+        Returns:
+            The digest (posttrain/wire.py) of what each worker process has loaded; none where the engine has no such processes.
         """
         with self._loop.between_steps():
-            self._rpc("load_weights_in_place", self._counted(weights))
+            if self._devices == 1:
+                self._rpc("load_weights_in_place", self._counted(weights))
+                digests: tuple[str, ...] = ()
+            else:
+                digests = self._load_in_buckets(self._counted(weights))
             # Else prompts that come again would find the old policy's keys and values.
             self._engine.reset_prefix_cache(reset_running_requests=recompute)
             self._set_version(version)
+        return digests
+
+    def _load_in_buckets(self, weights: Iterable[tuple[str, torch.Tensor]]) -> tuple[str, ...]:
+        from posttrain.weight_buckets import filled, in_buckets
+
+        self._rpc("begin_weights")
+        for tensors in in_buckets(weights):
+            with filled(tensors) as bucket:
+                self._rpc("load_bucket", bucket)
+        return tuple(self._rpc_all("end_weights"))
 
     def pulse(self, *, loading: bool) -> Pulse:
         """How far it is; answered beside whatever else it does. `loading` says that weights are on their way."""
@@ -320,7 +378,12 @@ class Sampler:
         return None if output.routed_experts is None else np.asarray(output.routed_experts, np.int16)[:num_tokens]
 
     def _rpc(self, method: str, *args: Any) -> Any:
-        return self._run(self._llm.collective_rpc, method, args=args)[0]
+        return self._rpc_all(method, *args)[0]
+
+    def _rpc_all(self, method: str, *args: Any) -> list[Any]:
+        """A call on the worker of each device. Returns what they answer, by rank."""
+        answers: list[Any] = self._run(self._llm.collective_rpc, method, args=args)
+        return answers
 
     def _run(self, call: Callable[..., Any], *args: Any, **settings: Any) -> Any:
         return self._thread.submit(call, *args, **settings).result()
@@ -370,8 +433,19 @@ def _candidates(logprobs: FlatLogprobs) -> np.ndarray:
     return found
 
 
-def _is_moe(model_path: str, *, trust_remote_code: bool) -> bool:
+def _config(model_path: str, *, trust_remote_code: bool) -> dict[str, Any]:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    return bool(getattr(config.get_text_config(), "num_experts_per_tok", None))
+    values: dict[str, Any] = config.get_text_config().to_dict()
+    return values
+
+
+@contextmanager
+def _known_to_workers() -> Iterator[None]:
+    """Worker processes that are started in the block end with this process (posttrain/vllm_extension.py)."""
+    os.environ["POSTTRAIN_ENGINE_PROCESS"] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ["POSTTRAIN_ENGINE_PROCESS"]

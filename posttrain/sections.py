@@ -247,12 +247,14 @@ class SamplerSection(Section):
 
     dtype: Literal["float32", "bfloat16"] | None = None  # None: model.dtype
     num_workers: PositiveInt = 1
+    tensor_parallel_size: PositiveInt = 1  # devices of a node that one worker's policy is spread over
+    enable_expert_parallel: bool = False  # each of them holds whole experts instead of a part of each
     max_model_len: PositiveInt = 256  # prompt + completion, tokens
     max_num_seqs: PositiveInt = 256  # sequences decoded together by one worker
-    kv_cache_gib: Positive = 1.0  # on CPU; on GPU see gpu_memory_utilization
+    kv_cache_gib: Positive = 1.0  # on CPU, of each device; on GPU see gpu_memory_utilization
     gpu_memory_utilization: Annotated[Number, Field(gt=0, le=1)] = 0.5
-    num_cpus: NonNegative = 1  # what Ray reserves for one worker
-    num_threads: PositiveInt = 2  # OpenMP threads of one worker on CPU
+    num_cpus: NonNegative = 1  # what Ray reserves for each device of a worker
+    num_threads: PositiveInt = 2  # OpenMP threads of each device of a worker on CPU
     start_timeout_seconds: Positive = 300
     timeout_seconds: Positive = 60  # without an answer, or without a step while there is work: the worker is given up
     max_restarts: NonNegativeInt = 3  # of each worker in a run
@@ -265,6 +267,30 @@ class SamplerSection(Section):
         if self.kv_cache_gib != int(self.kv_cache_gib):
             raise ValueError(f"kv_cache_gib={self.kv_cache_gib:g}: vLLM takes whole GiB; give 1, 2, ...")
         return self
+
+    @model_validator(mode="after")
+    def _experts_have_somewhere_to_go(self) -> SamplerSection:
+        if self.enable_expert_parallel and self.tensor_parallel_size == 1:
+            raise ValueError(
+                "enable_expert_parallel=true with tensor_parallel_size=1: experts are spread over the devices of one sampler; "
+                "set tensor_parallel_size to 2 or more, or enable_expert_parallel to false"
+            )
+        return self
+
+    @property
+    def devices(self) -> int:
+        """Of all workers."""
+        return self.num_workers * self.tensor_parallel_size
+
+    @property
+    def cpus_of_one(self) -> float:
+        """That Ray reserves for a worker with all its devices."""
+        return self.num_cpus * self.tensor_parallel_size
+
+    @property
+    def cpus(self) -> float:
+        """That Ray reserves for all workers."""
+        return self.num_workers * self.cpus_of_one
 
 
 class TrainerSection(Section):

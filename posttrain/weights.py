@@ -109,7 +109,7 @@ class Publisher:
         if not proved:
             fault = f"no sampler has proved version {snapshot.version}, so there is nothing to compare it with"
         elif report.digest != snapshot.digest:
-            fault = f"received {report.digest[:12]} where {snapshot.digest[:12]} was sent: the transfer is damaged"
+            fault = _damage(snapshot, report)
         elif parity.tokens <= parity.excluded_tokens:
             fault = f"it chose other experts than a proved sampler in front of {parity.excluded_tokens} canary tokens"
         elif not parity.relative_gap_max <= self.parity.max_logprob_gap:
@@ -125,12 +125,13 @@ class Publisher:
         return compare(sample, proved.sampler_logprobs, flips, near_tie_margin=0.0, name=name)
 
     def _receipt(self, index: int, snapshot: WeightSnapshot, report: LoadReport) -> Receipt:
+        if report.digest != snapshot.digest:
+            fault, seconds = _damage(snapshot, report), report.seconds
+            return Receipt(index, snapshot.version, report.digest, snapshot.num_bytes, seconds, ParityReport(), fault)
         margin = self.parity.near_tie_margin
         scores = self.learner.score(report.canary, near_tie_margin=margin, temperature=1.0)
         fault = ""
-        if report.digest != snapshot.digest:
-            fault = f"received {report.digest[:12]} where {snapshot.digest[:12]} was sent: the transfer is damaged"
-        elif scores.parity.tokens == 0:
+        if scores.parity.tokens == 0:
             fault = "every canary token follows a router near-tie, so nothing is proved; raise parity.canary_sequences"
         elif not scores.parity.relative_gap_max <= self.parity.max_logprob_gap:
             fault = self._explain(snapshot.version, report, scores.parity)
@@ -158,6 +159,13 @@ class Publisher:
             for theirs, ours in zip(sample.sampler_logprobs, logprobs[index], strict=True)
         ]
         return float(np.median(gaps)) <= self.parity.max_logprob_gap
+
+
+def _damage(snapshot: WeightSnapshot, report: LoadReport) -> str:
+    return (
+        f"received {report.digest[:12]} where {snapshot.digest[:12]} was sent: the transfer is damaged, or a worker "
+        f"process of the engine missed it"
+    )
 
 
 def publication_metrics(receipts: Sequence[Receipt]) -> dict[str, Metric]:

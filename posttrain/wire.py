@@ -15,6 +15,11 @@ from posttrain.types import Sample
 CHUNK_BYTES = 512 * 2**20
 
 
+def flat_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """uint8 [num_bytes] of a tensor, whose memory it shares where that is contiguous and not a device's."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
 @dataclass(frozen=True, slots=True)
 class WireTensor:
     """A tensor as bytes, whatever its type: NumPy has no bfloat16 and no float8."""
@@ -26,9 +31,8 @@ class WireTensor:
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> WireTensor:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
         # Copied: the learner goes on changing its weights while the samplers read these.
-        data = flat.view(torch.uint8).numpy().copy()
+        data = flat_bytes(tensor).copy()
         return cls(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
 
     def tensor(self) -> torch.Tensor:
@@ -70,6 +74,17 @@ class Digest:
         return self._hash.hexdigest()
 
 
+def digest_of_all(arrived: str, given: str, loaded: Sequence[str]) -> str:
+    """What a sampler of several worker processes reports: a publication that one of them missed is not what was sent.
+
+    Args:
+        arrived: in the sampler.
+        given: by it to its workers.
+        loaded: by each of them; none where the engine has no processes of its own.
+    """
+    return next((other for other in loaded if other != given), arrived)
+
+
 @dataclass(frozen=True, slots=True)
 class WeightSnapshot:
     """The weights of one version, ready to be fetched: chunks are handles that the samplers can read."""
@@ -87,7 +102,7 @@ class LoadReport:
     version: int
     digest: str  # of what arrived
     seconds: float
-    canary: tuple[Sample, ...]  # the canary with this sampler's logprobs and experts
+    canary: tuple[Sample, ...]  # the canary with this sampler's logprobs and experts; empty where the digest is wrong
 
 
 def canary_sample(sequence: tuple[int, ...], logprobs: Sequence[float], experts_TLK: np.ndarray | None) -> Sample:

@@ -32,7 +32,7 @@ NEAR_TIE = 1e-5
 class Parts:
     """A sampler and two learner ranks, each on a Ray node of its own."""
 
-    def __init__(self, path: Path, skip_version: int | None) -> None:
+    def __init__(self, path: Path, skip_version: int | None, tensor_parallel_size: int = 1) -> None:
         from posttrain.cluster import LearnerGroup, SamplerPool
         from posttrain.weights import Publisher, canary_sequences
 
@@ -50,7 +50,7 @@ class Parts:
         )
         self.samplers = SamplerPool(
             model,
-            SamplerSection(max_model_len=128, num_threads=1),
+            SamplerSection(max_model_len=128, num_threads=1, tensor_parallel_size=tensor_parallel_size),
             0,
             FaultsSection(skip_publication=skip_version),
         )

@@ -216,7 +216,13 @@ def test_the_plan_of_671b() -> None:
     assert made.value("The run", "hours") == pytest.approx(650 * step)
     assert made.value("The run", "GPU hours") == pytest.approx(650 * step / 3600 * 512)
     said = "\n".join(made.warnings)
-    for part in ("gathered layers", "a sampler of this recipe is one GPU", "into main memory", "rollout.max_lag: 1"):
+    for part in (
+        "gathered layers",
+        "a sampler of this recipe is 8 GPU(s)",
+        "a sampler is on one node, which has 8",
+        "into main memory",
+        "rollout.max_lag: 1",
+    ):
         assert part in said, part
 
 

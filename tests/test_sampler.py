@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +69,13 @@ ids = tuple(int(x) for x in torch.randint(4, 90, (200,), generator=torch.Generat
 """
 
 
-def in_a_process(path: Path, code: str) -> Any:
+def in_a_process(path: Path, code: str, environment: Mapping[str, str] | None = None, status: int = 0) -> Any:
     words = [sys.executable, "-c", PRELUDE + code, str(path)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    variables = {**os.environ, **(environment or {})}
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, env=variables)
+    assert done.returncode == status, done.stderr
+    # Behind it may be what vLLM's worker processes had to say.
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith(("{", "["))))
 
 
 @pytest.fixture(scope="module")

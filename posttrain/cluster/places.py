@@ -22,12 +22,13 @@ class Places:
         options: of each worker's actor.
     """
 
-    def __init__(self, role: str, section: LearnerSection | SamplerSection, num_gpus: float) -> None:
+    def __init__(self, role: str, section: LearnerSection | SamplerSection, num_cpus: float, num_gpus: float) -> None:
         count = section.num_workers
-        needed = bundle(section.num_cpus, num_gpus, section.resources)
+        # One bundle is always on one node, and so are the devices of a worker.
+        needed = bundle(num_cpus, num_gpus, section.resources)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         require_room(role, count, needed, section.placement, nodes)
-        reserved = {"num_cpus": section.num_cpus, "num_gpus": num_gpus, "resources": dict(section.resources)}
+        reserved = {"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": dict(section.resources)}
         self.options: list[dict[str, Any]] = [dict(reserved) for _ in range(count)]
         self._group = None
         if section.placement == "any" or not needed:

@@ -111,7 +111,7 @@ class _RankGroup:
         # torch reads its thread settings when it is imported, which unpickling may do before `start` runs.
         quiet = {**threads, "TOKENIZERS_PARALLELISM": "false"}
         actor = ray.remote(_RankActor)
-        places = Places("learner", learner, gpus)
+        places = Places("learner", learner, learner.num_cpus, gpus)
         self._actors = [
             actor.options(**options, runtime_env={"env_vars": quiet}).remote() for options in places.options
         ]

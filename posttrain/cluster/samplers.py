@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +28,7 @@ from posttrain.recipe import (
     SamplerSection,
 )
 from posttrain.types import Completion, Prompt, SamplingParams
-from posttrain.wire import Digest, LoadReport, WeightSnapshot, canary_sample
+from posttrain.wire import Digest, LoadReport, WeightSnapshot, WireTensor, canary_sample, digest_of_all
 
 # Rollouts and an evaluation, a load with its canary, those who hurry a sampler and those who feel its pulse.
 _CALLS_AT_ONCE = 12
@@ -57,7 +57,10 @@ class _SamplerActor:
             trust_remote_code=model.trust_remote_code,
             seed=seed,
             max_candidates=rollout.top_k,
+            tensor_parallel_size=section.tensor_parallel_size,
+            enable_expert_parallel=section.enable_expert_parallel,
         )
+        self._in_buckets = section.tensor_parallel_size > 1
         self._faults = faults
         self._recompute = rollout.cache_on_update == "recompute"
         self._loading = False
@@ -87,27 +90,60 @@ class _SamplerActor:
 
     def _load_weights(self, snapshot: WeightSnapshot, canary: Sequence[tuple[int, ...]]) -> LoadReport:
         start = time.perf_counter()
-        digest = Digest()
-        tensors: list[Any] = []
-        for handle in snapshot.chunks:
-            chunk = ray.get(handle)
-            self._chunks += 1
-            digest.add(chunk)
-            tensors.extend((wire.name, wire.tensor()) for wire in chunk)
-        if self._faults.router_noise and snapshot.version in (self._faults.noisy_versions or (snapshot.version,)):
-            tensors = [
-                (name, noisy(tensor, self._faults.router_noise) if name.endswith("gate.weight") else tensor)
-                for name, tensor in tensors
-            ]
-        if snapshot.version != self._faults.skip_publication:
-            self._sampler.update_weights(tensors, snapshot.version, recompute=self._recompute)
+        is_skipped, noise = snapshot.version == self._faults.skip_publication, self._noise(snapshot.version)
+        # Worker processes hash what they load; a deliberate fault is to be found by the canary, so then it is done here too.
+        arrived, given = (None, None) if self._in_buckets and not (is_skipped or noise) else (Digest(), Digest())
+        weights: Iterable[tuple[str, Any]] = self._fetched(snapshot, noise, arrived, given)
+        if self._in_buckets:
+            self._bring(snapshot)
+        else:
+            weights = list(weights)
+        loaded: tuple[str, ...] = ()
+        if not is_skipped:
+            loaded = self._sampler.update_weights(weights, snapshot.version, recompute=self._recompute)
+        for _ in weights:  # what was skipped arrives all the same
+            pass
         seconds = time.perf_counter() - start
+        digest = digest_of_all(
+            arrived.hexdigest() if arrived else snapshot.digest, given.hexdigest() if given else snapshot.digest, loaded
+        )
+        if digest != snapshot.digest:
+            # What it would answer proves nothing, and workers with different weights may wait for each other without end.
+            return LoadReport(snapshot.version, digest, seconds, ())
         scored = self._sampler.prompt_logprobs(canary)
         samples = tuple(
             canary_sample(sequence, logprobs, experts)
             for sequence, (logprobs, experts) in zip(canary, scored, strict=True)
         )
-        return LoadReport(snapshot.version, digest.hexdigest(), seconds, samples)
+        return LoadReport(snapshot.version, digest, seconds, samples)
+
+    def _noise(self, version: int) -> float:
+        """Of the routers, in a publication that is to be spoilt; else 0."""
+        return (self._faults.router_noise or 0.0) if version in (self._faults.noisy_versions or (version,)) else 0.0
+
+    def _bring(self, snapshot: WeightSnapshot) -> None:
+        """Have the weights on this node before the engine stands still for them."""
+        missing = list(snapshot.chunks)
+        while missing:
+            _, missing = ray.wait(missing, num_returns=1, fetch_local=True)
+            self._chunks += 1
+
+    def _fetched(
+        self, snapshot: WeightSnapshot, noise: float, arrived: Digest | None, given: Digest | None
+    ) -> Iterator[tuple[str, Any]]:
+        """The tensors of a snapshot, chunk by chunk; the digests are told what arrives and what leaves here."""
+        for handle in snapshot.chunks:
+            chunk = ray.get(handle)
+            self._chunks += 1
+            if arrived is not None:
+                arrived.add(chunk)
+            for wire in chunk:
+                tensor = wire.tensor()
+                if noise and wire.name.endswith("gate.weight"):
+                    tensor = noisy(tensor, noise)
+                if given is not None and self._in_buckets:
+                    given.add([WireTensor.of(wire.name, tensor)])
+                yield wire.name, tensor
 
 
 @contextmanager
@@ -139,7 +175,7 @@ class _SamplerWorkers:
         from posttrain.sampler import engine_environment
 
         self._start, self._options = start, options
-        self._environment = engine_environment(section.num_threads, section.kv_cache_gib)
+        self._environment = engine_environment(section.num_threads, section.kv_cache_gib, section.tensor_parallel_size)
 
     def start(self, number: int, place: int, *, replaces: bool) -> Any:
         actor = ray.remote(_SamplerActor).options(
@@ -222,7 +258,8 @@ class SamplerPool:
             source = (origin or model) if replaces else model
             return actor.remote(source, section, seed + number, faults, rollout)
 
-        self._places = Places("sampler", section, 1 if ray.cluster_resources().get("GPU", 0) else 0)
+        gpus = section.tensor_parallel_size if ray.cluster_resources().get("GPU", 0) else 0
+        self._places = Places("sampler", section, section.cpus_of_one, gpus)
         workers = _SamplerWorkers(section, self._places.options, start)
         self.fleet = Fleet(workers, section, report or FaultLog())
         self._dispatcher = Dispatcher(_SamplerCalls(self.fleet), section.max_num_seqs // rollout.num_generations)

@@ -79,11 +79,17 @@ def _cure(part: str, training: Training, stage: str) -> str:
 def engine_advice(recipe: GrpoRecipe, engine: Engine, mean_tokens: float) -> list[str]:
     """About the memory of a sampler."""
     found = []
-    if engine.gpus > 1:
+    devices, per_node = recipe.sampler.tensor_parallel_size, engine.hardware.gpus_per_node
+    if engine.gpus > devices:
         found.append(
-            f"a sampler of this recipe is one GPU, and the weights need {engine.gpus}: planned as "
-            f"{max(1, recipe.sampler.num_workers // engine.gpus)} engines of {engine.gpus} GPUs, which no key does yet "
-            f"(tensor parallel); a smaller policy runs today"
+            f"a sampler of this recipe is {devices} GPU(s), and the weights need {engine.gpus}: planned as "
+            f"{max(1, recipe.sampler.devices // engine.gpus)} engines of {engine.gpus} GPUs; "
+            + (
+                f"set sampler.tensor_parallel_size: {engine.gpus} and lower sampler.num_workers"
+                if engine.gpus <= per_node
+                else f"a sampler is on one node, which has {per_node}: take GPUs with more memory (--hardware h200), or a "
+                f"smaller policy"
+            )
         )
     if engine.cache_bytes <= 0:
         found.append(

@@ -139,16 +139,18 @@ def gpu_count(recipe: GrpoRecipe) -> int:
     """GPUs that a run reserves."""
     each = 1 if recipe.learner.num_gpus is None else recipe.learner.num_gpus
     trained = 2 if recipe.algorithm.baseline == "critic" else 1
-    return trained * recipe.learner.num_workers * each + recipe.sampler.num_workers
+    return trained * recipe.learner.num_workers * each + recipe.sampler.devices
 
 
 def _run(recipe: GrpoRecipe, times: StepTimes, assumed: Assumptions) -> tuple[Quantity, ...]:
     step = _step(recipe, times).value
-    gpus = gpu_count(recipe)
+    gpus, sampler = gpu_count(recipe), recipe.sampler
+    of_several = f" of {sampler.tensor_parallel_size} GPUs" if sampler.tensor_parallel_size > 1 else ""
     found = [
         Quantity(
-            "GPUs", gpus, "count", f"{recipe.learner.num_workers} learner ranks + {recipe.sampler.num_workers} samplers",
-            "learner.num_workers, sampler.num_workers",
+            "GPUs", gpus, "count", 
+            f"{recipe.learner.num_workers} learner ranks + {sampler.num_workers} samplers{of_several}",
+            "learner.num_workers, sampler.num_workers, sampler.tensor_parallel_size",
         )
     ]  # fmt: skip
     tokens = recipe.samples_per_step * lengths_of(recipe, assumed).mean

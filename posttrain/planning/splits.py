@@ -90,7 +90,7 @@ def parse_splits(words: Sequence[str] | None, recipe: GrpoRecipe, engine: Engine
         return found
     gpus = gpu_count(recipe)
     if gpus < 4 * engine.gpus:
-        return [(max(engine.gpus, recipe.sampler.num_workers), recipe.learner.num_workers)]
+        return [(max(engine.gpus, recipe.sampler.devices), recipe.learner.num_workers)]
     sizes = sorted({max(1, round(gpus * share / engine.gpus)) * engine.gpus for share in _SHARES})
     return [(size, gpus - size) for size in sizes if size < gpus]
 
@@ -115,10 +115,11 @@ def setting_of(
     """
     samplers, learners = split
     engine, lengths = engine_of(recipe, assumed), lengths_of(recipe, assumed)
+    workers = max(1, samplers // recipe.sampler.tensor_parallel_size)
     divided = recipe.model_copy(
         update={
             "learner": recipe.learner.model_copy(update={"num_workers": learners}),
-            "sampler": recipe.sampler.model_copy(update={"num_workers": samplers}),
+            "sampler": recipe.sampler.model_copy(update={"num_workers": workers}),
         }
     )
     engines = max(1, samplers // engine.gpus)
@@ -129,7 +130,7 @@ def setting_of(
     else:
         learning = measured.learning * recipe.learner.num_workers / learners
         publication, rest = measured.publication, measured.rest
-        own = max(1, recipe.sampler.num_workers // engine.gpus)
+        own = max(1, recipe.sampler.devices // engine.gpus)
         typical = lengths.typical(-(-recipe.samples_per_step // own))
         planned = generation_seconds(engine, typical, assumed.prompt_tokens)
         speed = measured.generation / planned

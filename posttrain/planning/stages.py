@@ -13,6 +13,7 @@ from posttrain.planning.sampler import Engine, smallest_engine
 from posttrain.planning.shapes import architecture_of
 from posttrain.planning.work import adapter_parameters
 from posttrain.recipe import GrpoRecipe, ModelSection, Recipe, RecipeError, RewardModelRecipe, SftRecipe
+from posttrain.sampler_layout import check_layout, require_node
 
 DEFAULT_MEAN_SHARE = 0.25  # of max_completion_length
 DEFAULT_SIGMA = 0.6
@@ -28,7 +29,7 @@ class Assumptions:
         mean_length: of a completion, tokens; None takes a quarter of the longest.
         length_sigma: deviation of its logarithm.
         prompt_tokens: of a prompt.
-        gpus_per_sampler: None takes as many as the weights need.
+        gpus_per_sampler: None takes the recipe's tensor_parallel_size, or as many as the weights need.
         ranks: of a stage on a TRL trainer, which is told by `accelerate launch` and not by the recipe; None: as many as it
             takes for weights, gradients and optimizer to leave half of the memory.
         steps: of a stage whose recipe counts epochs.
@@ -141,13 +142,19 @@ def ranks_for(states: float, hardware: Hardware) -> int:
 
 
 def engine_of(recipe: GrpoRecipe, assumed: Assumptions) -> Engine:
-    """Of the samplers."""
+    """Of the samplers.
+
+    Raises:
+        RecipeError: the policy does not divide by a sampler's devices, or they are more than a node has.
+    """
     sampler, shape, hardware = recipe.sampler, require_shape(recipe.model), assumed.hardware
+    check_layout(recipe.model, sampler)
+    require_node(sampler.tensor_parallel_size, hardware.gpus_per_node)
     dtype = sampler.dtype or recipe.model.dtype
     engine = Engine(
         shape=shape,
         dtype=dtype,
-        gpus=assumed.gpus_per_sampler or 1,
+        gpus=assumed.gpus_per_sampler or sampler.tensor_parallel_size,
         utilization=sampler.gpu_memory_utilization,
         max_num_seqs=sampler.max_num_seqs,
         max_model_len=sampler.max_model_len,

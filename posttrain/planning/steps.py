@@ -96,7 +96,7 @@ def step_times(recipe: GrpoRecipe, assumed: Assumptions) -> StepTimes:
     training, engine, lengths = training_of(recipe, assumed), engine_of(recipe, assumed), lengths_of(recipe, assumed)
     batch = batch_of(recipe, training, lengths, assumed.prompt_tokens)
     learning, computing, talking = _learning(training, batch, assumed.hardware)
-    engines = max(1, recipe.sampler.num_workers // engine.gpus)
+    engines = max(1, recipe.sampler.devices // engine.gpus)
     generating = _generation(engine, engines, batch, lengths, assumed.prompt_tokens)
     publishing = publication(training, recipe.model.dtype, assumed.hardware)
     return StepTimes(

@@ -1,0 +1,93 @@
+"""How a sampler's policy is laid out over the devices of a node, and what cannot be. Imports no torch.
+
+With `sampler.tensor_parallel_size: n` each of n devices holds n-th parts of attention heads and of MLPs; with
+`sampler.enable_expert_parallel` it holds whole experts instead of a part of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from posttrain.planning.shapes import architecture_of
+from posttrain.sections import ModelSection, RecipeError, SamplerSection
+
+_KEY = "sampler.tensor_parallel_size"
+_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")  # as config.json of one kind or the other says it
+
+
+def require_layout(config: Mapping[str, Any], devices: int, *, expert_parallel: bool) -> None:
+    """Refuse a policy that does not divide by the devices; vLLM would say so after minutes, in a log of its workers.
+
+    Args:
+        config: of the policy, names as in its config.json (those of `posttrain.architectures.Architecture` are the same).
+        devices: of a sampler.
+        expert_parallel: whether experts stay whole.
+
+    Raises:
+        RecipeError, which is a ValueError: what does not divide, and the numbers of devices that would do.
+    """
+    experts = next((config[name] for name in _EXPERTS if config.get(name)), 0)
+    if expert_parallel and not experts:
+        raise RecipeError(
+            "sampler.enable_expert_parallel=true: the policy is dense and has no experts to spread; set it to false"
+        )
+    divided = _divided(config, experts, expert_parallel=expert_parallel)
+    for name, size in divided.items():
+        if size % devices:
+            fitting = math.gcd(*divided.values())
+            allowed = ", ".join(str(n) for n in range(1, min(fitting, 64) + 1) if fitting % n == 0)
+            raise RecipeError(
+                f"{_KEY}={devices}: the policy's {name}={size} is no multiple of it; use one of {allowed}"
+            )
+    keys = config.get("num_key_value_heads") or devices
+    # MLA's latent belongs to all heads and is on every device. Fewer heads than devices are copied.
+    if not config.get("kv_lora_rank") and keys % devices and devices % keys:
+        raise RecipeError(
+            f"{_KEY}={devices}: the policy's num_key_value_heads={keys} neither divides by it nor divides it; use a number "
+            f"that divides {keys}, or a multiple of {keys}"
+        )
+
+
+def require_node(devices: int, per_node: int) -> None:
+    """Refuse a sampler of more devices than a node has: its workers share the node's memory.
+
+    Raises:
+        RecipeError: too many.
+    """
+    if devices > per_node:
+        raise RecipeError(
+            f"{_KEY}={devices}: a sampler is on one node, which has {per_node} GPU(s); set it to {per_node} at most, with "
+            f"more of sampler.num_workers"
+        )
+
+
+def check_layout(model: ModelSection, sampler: SamplerSection) -> None:
+    """`require_layout` for a recipe, as far as the policy's shape is known before its files are there.
+
+    Raises:
+        RecipeError: see there.
+    """
+    if sampler.tensor_parallel_size == 1 and not sampler.enable_expert_parallel:
+        return
+    try:
+        shape = architecture_of(model)
+    except RecipeError:  # of a kind that plans do not know; the sampler looks at its config.json
+        return
+    if shape is not None:
+        require_layout(asdict(shape), sampler.tensor_parallel_size, expert_parallel=sampler.enable_expert_parallel)
+
+
+def _divided(config: Mapping[str, Any], experts: int, *, expert_parallel: bool) -> dict[str, int]:
+    """What every device gets an equal part of."""
+    width, shared = config.get("moe_intermediate_size") or 0, config.get("n_shared_experts") or 0
+    sizes = {
+        "num_attention_heads": config.get("num_attention_heads") or 0,
+        "intermediate_size": config.get("intermediate_size") or 0,
+        "number of routed experts": experts if expert_parallel else 0,
+        "moe_intermediate_size": width if experts and not expert_parallel else 0,
+        "moe_intermediate_size x n_shared_experts": width * shared,
+    }
+    return {name: size for name, size in sizes.items() if size}
