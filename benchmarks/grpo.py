@@ -105,7 +105,7 @@ def recipe(setting: Setting, *, lag: int, oversampling: float) -> dict[str, Any]
         "parity": {"measured_on": "first_minibatch"},
         "optimizer": {"learning_rate": LEARNING_RATE, "adam_beta2": 0.999},
         "sampler": {"num_threads": threads, "max_model_len": length + 64},
-        "learner": {"num_threads": threads, "row_length": max(256, length + 64), "share_prompts": True},
+        "learner": {"num_threads": threads, "row_length": length + 64, "share_prompts": True},
     }
 
 
