@@ -419,3 +419,12 @@ def test_a_tracker_that_is_not_installed_is_missed_at_once(monkeypatch: pytest.M
         cli.check_trackers(recipe, "r.yaml")
     recipe.report_to = ("tensorboard",)
     cli.check_trackers(recipe, "r.yaml")
+
+
+@pytest.mark.parametrize("asked", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_ways_to_spread_a_model_that_are_not_known_are_refused(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    from posttrain.ranks import join_ranks
+
+    monkeypatch.setenv(f"ACCELERATE_USE_{asked}", "true")
+    with pytest.raises(RunStopped, match="is not supported: start the ranks with --use_fsdp"):
+        join_ranks()
