@@ -84,8 +84,8 @@ sampler: {SAMPLER.replace("num_threads: 1", "num_threads: 1, max_num_seqs: 16")}
 CHAINS = {
     "sft": [["driver"] * 5],
     "reward_model": [["driver"] * 5],
-    "grpo": [["sampler"] * 4 + ["reward"] * 4 + ["hang", "slow"], ["driver"] * 4 + ["learner"] * 4 + ["raylet"] * 4],
-    "distill": [["sampler"] * 4 + ["reward"] * 4 + ["hang"], ["driver"] * 4 + ["raylet"] * 4],
+    "grpo": [["sampler"] * 4 + ["reward"] * 4, ["driver"] * 4 + ["learner"] * 4 + ["raylet"] * 4, ["hang", "slow"]],
+    "distill": [["sampler"] * 4 + ["reward"] * 4, ["driver"] * 4 + ["raylet"] * 4, ["hang"]],
 }
 # Ray's names of the processes; a driver is a command of the stage.
 PROCESSES = {"learner": "ray::_RankActor", "reward": "ray::_RewardActor"} | dict.fromkeys(
