@@ -167,8 +167,7 @@ class Learner:
                     # Ranks' gradients are averaged, so the sum over ranks needs their number.
                     self._accelerator.backward(loss_sum * (self._accelerator.num_processes / divisor))
             self._guard.see(loss_sum)
-            if microbatch.shared is not None:
-                trace = trace.of_tokens(microbatch.shared.places_N)
+            trace = _of_whole_samples(trace, microbatch)
             look(microbatch, logprobs_RW.detach(), trace)
             real_N = (microbatch.sample_ids_RW >= 0).flatten()
             self._balance.observe(trace, real_N, replayed=self._router_section.bias_counts == "sampler")
@@ -239,8 +238,7 @@ class Learner:
                     router.record_routing(self._routers, trace),
                 ):
                     logprobs_RW, _ = self._logprobs(self._scorer, microbatch, temperature)
-                if microbatch.shared is not None:
-                    trace = trace.of_tokens(microbatch.shared.places_N)
+                trace = _of_whole_samples(trace, microbatch)
                 ours.append(logprobs_RW.cpu())
                 for name, values in others.items():
                     values.append(self._logprobs_of(name, microbatch, temperature).cpu())
@@ -357,6 +355,11 @@ class Learner:
         if self._learner.parallel == "fsdp":
             learner_parallel.shard(scorer, self._accelerator)
         return scorer if offloaded else scorer.to(self._accelerator.device)
+
+
+def _of_whole_samples(trace: router.RouterTrace, microbatch: Microbatch) -> router.RouterTrace:
+    """The trace of the microbatch's own rows, where it is of those that were computed instead."""
+    return trace if microbatch.shared is None else trace.of_tokens(microbatch.shared.places_N)
 
 
 def _accumulate(metrics: dict[str, Metric], sums: Mapping[str, torch.Tensor], denominator: float) -> None:

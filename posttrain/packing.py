@@ -243,10 +243,13 @@ def _build(
     has_values = any(samples[index].values is not None for row in rows for index in row.indices)
     lengths = [sum(_length(samples[index]) for index in row.indices) for row in rows]
     shape = (max(1, len(rows)), max(lengths, default=1))
+    # What is computed: these rows themselves, or those in which prompts stand once.
+    computed = (shape[0], max((row.length for row in rows), default=1))
+    experts_NLK = _blank_experts(samples, rows, computed) if with_experts else None
     shared = None
     if share_prompts:
-        families = [row.families for row in rows] or [[]]
-        shared = shared_rows(samples, families, shape[1], pad_token_id, with_experts=with_experts)
+        families = [row.families for row in rows]
+        shared = shared_rows(samples, families, computed, shape[1], pad_token_id, experts_NLK)
     microbatch = Microbatch(
         input_ids_RW=torch.full(shape, pad_token_id),
         position_ids_RW=torch.zeros(shape, dtype=torch.int64),
@@ -258,7 +261,7 @@ def _build(
         ref_logprobs_RW=torch.zeros(shape),
         values_RW=torch.zeros(shape) if has_values else None,
         returns_RW=torch.zeros(shape) if has_values else None,
-        experts_NLK=_blank_experts(samples, rows, shape) if with_experts and shared is None else None,
+        experts_NLK=experts_NLK if shared is None else None,
         candidates_RWC=_blank_candidates(samples, rows, shape),
         shared=shared,
     )

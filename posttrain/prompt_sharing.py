@@ -74,16 +74,11 @@ def families_of(samples: Sequence[Sample], row_length: int, *, share: bool) -> l
         row_length: most tokens of a row.
         share: False leaves each sample alone.
     """
-    if not share:
-        return [
-            Family((index,), len(sample.prompt_ids) + len(sample.completion_ids))
-            for index, sample in enumerate(samples)
-        ]
     found: list[Family] = []
     open_families: dict[tuple[int, ...], int] = {}  # prompt -> its family that may have room
     for index, sample in enumerate(samples):
         length, place = len(sample.completion_ids), open_families.get(sample.prompt_ids)
-        if place is not None and found[place].length + length <= row_length:
+        if share and place is not None and found[place].length + length <= row_length:
             found[place] = Family((*found[place].indices, index), found[place].length + length)
         else:
             open_families[sample.prompt_ids] = len(found)
@@ -92,29 +87,31 @@ def families_of(samples: Sequence[Sample], row_length: int, *, share: bool) -> l
 
 
 def shared_rows(
-    samples: Sequence[Sample], rows: Sequence[Sequence[Family]], width: int, pad_token_id: int, *, with_experts: bool
+    samples: Sequence[Sample],
+    rows: Sequence[Sequence[Family]],
+    shape: tuple[int, int],
+    width: int,
+    pad_token_id: int,
+    experts_NLK: torch.Tensor | None,
 ) -> SharedRows:
     """What is computed of some rows of families.
 
     Args:
         samples: that the families speak of.
-        rows: Q of them, at least one; a row without families is padding.
+        rows: at most Q of them.
+        shape: (Q, X).
         width: W of the rows of whole samples, which hold the same samples in the same order.
         pad_token_id: fills rows up.
-        with_experts: write the experts that the sampler chose; of a prompt, those of its first sample that has them.
+        experts_NLK: int16 [Q x X, L, K] of -1, to write the experts into that the sampler chose; of a prompt, those of its
+            first sample that has them. None leaves them out.
     """
-    shape = (len(rows), max(1, max(sum(family.length for family in row) for row in rows)))
-    experts = [samples[index].experts_TLK for row in rows for family in row for index in family.indices]
-    sizes = next((experts_TLK.shape[1:] for experts_TLK in experts if experts_TLK is not None), None)
     made = SharedRows(
         input_ids_QX=torch.full(shape, pad_token_id),
         position_ids_QX=torch.zeros(shape, dtype=torch.int64),
         families_QX=torch.full(shape, PADDING),
         completions_QX=torch.full(shape, PADDING),
         places_N=torch.zeros(shape[0], width, dtype=torch.int64),
-        experts_NLK=(
-            torch.full((shape[0] * shape[1], *sizes), -1, dtype=torch.int16) if with_experts and sizes else None
-        ),
+        experts_NLK=experts_NLK,
     )
     for number, row in enumerate(rows):
         computed = whole = 0
