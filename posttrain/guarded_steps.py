@@ -15,9 +15,11 @@ from posttrain.disk import warn
 from posttrain.errors import RunStopped
 from posttrain.optimizer import set_hyperparameters
 from posttrain.sections import OptimizerSection
-from posttrain.skip_watch import SKIPPED
+from posttrain.skip_watch import SKIPPED, SkipWatch
 from posttrain.step_guard import StepGuard
 from posttrain.whole_checkpoints import WholeCheckpoints
+
+_PREFIX = "train"  # of the guard's metrics
 
 
 class GuardedSteps(WholeCheckpoints):
@@ -40,7 +42,7 @@ class GuardedSteps(WholeCheckpoints):
         self._take_weights = take_weights
         self.guard = StepGuard(section, self.args.device)
         self._skipped = 0  # since the last log
-        self._went_back = False  # and no step was taken since
+        self.watch = SkipWatch(section, _PREFIX)
         self.add_callback(_AfterSkips(self))
 
     def _forget_step(self) -> None:
@@ -54,9 +56,7 @@ class GuardedSteps(WholeCheckpoints):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         found = super()._get_grad_norm(model, grad_norm)
-        if self.guard.allows(float(found)):
-            self._went_back = False
-        else:
+        if not self.guard.allows(float(found)):
             model.zero_grad(set_to_none=True)
             self._forget_step()
             self._skipped += 1
@@ -64,11 +64,11 @@ class GuardedSteps(WholeCheckpoints):
                 warn(f"step {self.state.global_step + 1} was not taken: {self.guard.reason}")
         return found
 
-    def _go_back(self) -> bool:
-        """To the newest checkpoint, from before the steps that were not taken. False: that was tried, or there is none."""
+    def go_back(self) -> bool:
+        """To the newest checkpoint, from before the steps that were not taken. False: there is none."""
         self._settle(require=False)
         newest = checkpoint.newest_trained(self._checkpoints)
-        if self._went_back or newest is None:
+        if newest is None:
             return False
         schedule = self.lr_scheduler.state_dict()  # it follows the steps of the run, which go on
         self._take_weights(newest)
@@ -80,7 +80,7 @@ class GuardedSteps(WholeCheckpoints):
                 f"{self.guard.in_a_row} steps in a row were not taken, so weights and optimizer are those of {newest.name} "
                 f"again; the training goes on after step {self.state.global_step}"
             )
-        self._went_back, self.guard.in_a_row = True, 0
+        self.guard.in_a_row = 0
         return True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -123,5 +123,6 @@ class _AfterSkips(TrainerCallback):
         guard = self._trainer.guard
         if guard.in_a_row:
             control.should_save = False
-        if guard.is_exhausted and not self._trainer._go_back():
+        todo = self._trainer.watch.look(guard.metrics(_PREFIX))
+        if todo == "stop" or (todo == "rollback" and not self._trainer.go_back()):
             control.should_log = control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""What GRPO's loop does about optimizer steps that were not taken (posttrain/step_guard.py says which)."""
+"""What a stage does about optimizer steps that were not taken (posttrain/step_guard.py says which)."""
 
 from __future__ import annotations
 
