@@ -155,7 +155,7 @@ class _RankGroup:
         Raises:
             RunStopped: it is on another node, and the directory on a disk of this one.
         """
-        if not ray.get(self._actors[0].sees.remote(directory)):
+        if not get(self._actors[0].sees.remote(directory), self._who):
             raise RunStopped(
                 f"output_dir: {directory} is not there on the node of the first learner rank, which writes the checkpoints; "
                 f"give a directory on a file system that all nodes share"

@@ -278,6 +278,7 @@ class SamplerPool:
 
         Raises:
             RunStopped: an engine did not start, or not in time.
+            RunInterrupted: one was lost while it started.
         """
         workers = self.fleet.workers()
         try:
@@ -288,7 +289,9 @@ class SamplerPool:
                 f"the actor's log in Ray's session directory; is there room for {len(workers)} sampler(s)?"
             ) from None
         except LOSSES as error:
-            raise RunStopped(f"a sampler did not start: {error}") from error
+            if getattr(error, "actor_init_failed", False):  # by an error of its own, which another try would meet too
+                raise RunStopped(f"a sampler did not start: {error}") from error
+            raise RunInterrupted(f"a sampler was lost while it started: {first_line(error)}; go on with --resume") from error
         self.fleet.watch()
         return nodes
 
