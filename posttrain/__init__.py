@@ -32,9 +32,9 @@ The rooms:
                     published.py
     looking         watch.py, watch_server.py (the report while a run goes on), watch_view.py (terminal); eval/report*.py and
                     eval/page/ (the page), eval/plots.py
-    engines         sampler.py with request_loop.py, vllm_extension.py, decoding.py (vLLM), sampler_layout.py (over several
-                    devices) with shared_names.py (in /dev/shm), learner.py (accelerate) with step_guard.py (steps
-                    that must not be taken)
+    engines         sampler.py with request_loop.py, vllm_extension.py, decoding.py (vLLM), layout.py (over several
+                    devices) with shared_names.py (in /dev/shm), learner.py (accelerate) with learner_parallel.py (FSDP2),
+                    expert_parallel.py, step_guard.py (steps that must not be taken)
     the policy      model/: load, router, balance, mtp (multi-token prediction), lora, upcycle, policy_files, reward_head, fp8,
                     conversion, checkpoint_files, adapter_deltas
     export, serving export.py, export_check.py (both engines agree), model_card.py, serve.py (vLLM's server), quantized.py

@@ -28,6 +28,7 @@ from posttrain.environments import build_environment
 from posttrain.errors import EXIT_TRY_AGAIN, RunInterrupted, RunStopped
 from posttrain.flight_recorder import recording
 from posttrain.interrupt import reader_has_left, sigterm_interrupts
+from posttrain.layout import check_layout
 from posttrain.pipeline_graph import build_graph
 from posttrain.recipe import (
     DatasetSection,
@@ -42,7 +43,6 @@ from posttrain.recipe_file import check_files, load_recipe, module_of, nearest, 
 from posttrain.redaction import redact
 from posttrain.resume import read_allowed
 from posttrain.reward_setup import build_reward
-from posttrain.sampler_layout import check_layout
 from posttrain.threads import SHORT_SPIN
 
 # Options beyond --dry-run that a stage takes; each becomes a keyword of its `run`.
@@ -310,7 +310,7 @@ def check_recipe(recipe: Recipe, source: str | Path, *, made_in: Path | None = N
     check_rewards(recipe, source)
     check_benchmarks(recipe, source)
     check_trackers(recipe, source)
-    check_sampler(recipe, source)
+    check_devices(recipe, source)
     if not isinstance(recipe, PipelineRecipe):
         return
     for index, section in enumerate(recipe.stages):
@@ -324,18 +324,18 @@ def check_recipe(recipe: Recipe, source: str | Path, *, made_in: Path | None = N
         raise RecipeError(f"{source}: {error}") from None
 
 
-def check_sampler(recipe: Recipe, source: str | Path) -> None:
-    """Check that the policy can be spread over the devices of a sampler.
+def check_devices(recipe: Recipe, source: str | Path) -> None:
+    """Check that the policy can be spread over the devices of a sampler, and its experts over ranks of the learner.
 
     Raises:
         RecipeError: something of it does not divide by them.
     """
     sampler = getattr(recipe, "sampler", None)
     model = getattr(recipe, "model", None) or getattr(getattr(recipe, "teacher", None), "model", None)
-    if sampler is None or model is None:
+    if model is None:
         return
     try:
-        check_layout(model, sampler)
+        check_layout(model, sampler, getattr(recipe, "learner", None))
     except RecipeError as error:
         raise RecipeError(f"{source}: {error}") from None
 

@@ -32,6 +32,7 @@ class LearnerSection(Section):
     logits_chunk: PositiveInt | None = 1024  # positions whose logits are in memory together; None: all
     share_prompts: bool = False  # compute a prompt once for the completions of a microbatch that have it in common
     parallel: Literal["ddp", "fsdp"] = "ddp"  # every rank holds the policy, or its share of it (FSDP2)
+    expert_parallel_size: PositiveInt = 1  # with fsdp: ranks that the experts of a layer are divided over
     offload_optimizer: bool = False  # optimizer state in main memory but for the step itself; needs a GPU
     offload_reference: bool = False  # reference and teacher in main memory but for scoring; needs a GPU
     start_timeout_seconds: Positive = 300  # how long to wait for room on the cluster
@@ -64,6 +65,20 @@ class LearnerSection(Section):
         if self.parallel == "fsdp" and self.offload_reference:
             raise ValueError(
                 "offload_reference with parallel: fsdp: each rank holds its share of the reference only; remove one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_of_experts_fit(self) -> LearnerSection:
+        size, ranks = self.expert_parallel_size, self.num_workers
+        if size > 1 and self.parallel != "fsdp":
+            raise ValueError(
+                f"expert_parallel_size={size} with parallel: {self.parallel}: all else is spread too; set parallel: fsdp"
+            )
+        if ranks % size:
+            raise ValueError(
+                f"expert_parallel_size={size} with num_workers={ranks}: the ranks make groups of it; use a number that "
+                f"divides {ranks}"
             )
         return self
 

@@ -98,12 +98,14 @@ class Learner:
             require_shareable(self._model)
         self._scorer = TokenScorer(self._model, learner.logits_chunk)
         if learner.parallel == "fsdp":
-            learner_parallel.shard(self._scorer, self._accelerator)
+            learner_parallel.shard(self._scorer, self._accelerator, learner.expert_parallel_size)
         raw_optimizer = torch.optim.AdamW(
             decay_groups(self._model, optimizer.weight_decay),
             lr=optimizer.learning_rate,
             betas=(optimizer.adam_beta1, optimizer.adam_beta2),
             eps=optimizer.adam_epsilon,
+            # Torch's lists of tensors must be spread in one way, and experts are in another.
+            foreach=False if learner.expert_parallel_size > 1 else None,
         )
         self._scheduler = schedule(raw_optimizer, optimizer, total_steps)
         self._optimizer_section = optimizer
@@ -353,7 +355,7 @@ class Learner:
         offloaded = self._learner.offload_reference
         scorer = TokenScorer(model, self._learner.logits_chunk)
         if self._learner.parallel == "fsdp":
-            learner_parallel.shard(scorer, self._accelerator)
+            learner_parallel.shard(scorer, self._accelerator, self._learner.expert_parallel_size)
         return scorer if offloaded else scorer.to(self._accelerator.device)
 
 

@@ -17,14 +17,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from posttrain import expert_parallel
 from posttrain.model.token_scorer import TokenScorer
 
 
-def shard(scorer: TokenScorer, accelerator: Accelerator) -> None:
+def shard(scorer: TokenScorer, accelerator: Accelerator, expert_parallel_size: int = 1) -> None:
     """Spread a model's weights over all ranks, in place; an optimizer must be made afterwards. Collective.
 
+    Args:
+        scorer: of a whole model.
+        accelerator: of this rank.
+        expert_parallel_size: ranks over which the experts of each layer are divided; see `posttrain.expert_parallel`.
+
     Raises:
-        ValueError: one rank only, or a model that does not say what its layers are.
+        ValueError: one rank only, a model that does not say what its layers are, or experts that do not divide.
     """
     if accelerator.num_processes < 2:
         raise ValueError("learner.parallel: fsdp spreads the policy over ranks; set learner.num_workers: 2 or more")
@@ -35,11 +41,18 @@ def shard(scorer: TokenScorer, accelerator: Accelerator) -> None:
             f"learner.parallel: fsdp: {type(scorer.model).__name__} does not name its layers (_no_split_modules), so it would "
             f"be gathered whole; set learner.parallel: ddp"
         )
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    ranks, device = accelerator.num_processes, accelerator.device.type
+    experts: set[torch.nn.Parameter] = set()
+    if expert_parallel_size > 1:
+        groups = init_device_mesh(
+            device, (ranks // expert_parallel_size, expert_parallel_size), mesh_dim_names=("spread", "experts")
+        )
+        experts = expert_parallel.spread(scorer.model, groups)
+    mesh = init_device_mesh(device, (ranks,))
     for layer in layers:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, ignored_params=experts)
     # False also where there is no backward pass: see `release`.
-    fully_shard(scorer, mesh=mesh, reshard_after_forward=False)
+    fully_shard(scorer, mesh=mesh, reshard_after_forward=False, ignored_params=experts)
     if accelerator.mixed_precision == "bf16":
         scorer.forward = in_bfloat16(scorer.forward, accelerator.device.type)  # type: ignore[method-assign]
 
@@ -83,7 +96,18 @@ def gather(tensors: Mapping[str, torch.Tensor], *, keep: bool) -> dict[str, torc
 
 def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
     """Scale gradients that are spread over ranks down to a norm, and return what it was. Collective."""
-    return float(whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
+    groups: dict[Any, list[torch.nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            # Torch takes norms of one kind of spreading at a time, and experts may be spread in another way.
+            groups.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+    norms = [
+        whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups.values()
+    ]
+    norm = torch.nn.utils.get_total_norm(norms) if len(norms) > 1 else norms[0]
+    for group in groups.values():
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return float(norm)
 
 
 def optimizer_state(optimizer: Any, *, keep: bool) -> dict[str, Any]:

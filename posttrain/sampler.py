@@ -26,8 +26,8 @@ import numpy as np
 
 from posttrain.decoding import completion_text
 from posttrain.health import Pulse
+from posttrain.layout import require_layout
 from posttrain.request_loop import RequestLoop
-from posttrain.sampler_layout import require_layout
 from posttrain.shared_names import drop_names, mapped_names
 from posttrain.threads import thread_environment
 from posttrain.types import Completion, Prompt, SamplingParams

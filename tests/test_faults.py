@@ -191,6 +191,30 @@ def test_a_learner_that_is_killed_ends_the_run_in_one_line(parts: Parts) -> None
         parts.publisher.publish(2)
 
 
+def test_a_sampler_that_is_killed_while_it_starts_interrupts_the_run_and_one_that_cannot_start_ends_it(
+    parts: Parts, policy_path: Path
+) -> None:
+    from posttrain.cluster import SamplerPool
+
+    parts.samplers.stop()
+    model = ModelSection(model_name_or_path=str(policy_path))
+    starting = SamplerPool(model, SamplerSection(max_model_len=256, num_threads=1), 0)
+    end = time.monotonic() + 60
+    while not (found := processes("_SamplerActor")):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    threading.Timer(0.5, found[-1].kill).start()
+    with pytest.raises(RunInterrupted, match="a sampler was lost while it started: ActorDiedError.*--resume"):
+        starting.wait_until_ready()
+    starting.stop()
+    broken = SamplerPool(
+        ModelSection(model_name_or_path=str(policy_path / "nowhere")), SamplerSection(num_threads=1), 0
+    )
+    with pytest.raises(RunStopped, match="a sampler did not start: .*nowhere"):
+        broken.wait_until_ready()
+    broken.stop()
+
+
 def test_a_run_whose_raylet_is_killed_is_restarted_and_ends_as_an_unbroken_one(
     policy_path: Path, tmp_path: Path
 ) -> None:

@@ -100,45 +100,55 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def on_a_rank(rank: int, port: int, path: str, out: str, section: dict[str, Any]) -> dict[str, Any]:
+    ranks = section["num_workers"]
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
-    return story(Path(path), Path(out), rank, 2, num_workers=2, **section)
+    return story(Path(path), Path(out), rank, ranks, **section)
 
 
-def on_two_ranks(checkpoint: Path, out: Path, **section: Any) -> list[dict[str, Any]]:
+def on_ranks(checkpoint: Path, out: Path, **section: Any) -> list[dict[str, Any]]:
+    ranks = section["num_workers"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        calls = [pool.submit(on_a_rank, rank, port, str(checkpoint), str(out), section) for rank in range(2)]
-        return [call.result(timeout=200) for call in calls]
+    with ProcessPoolExecutor(ranks, mp_context=get_context("spawn")) as pool:
+        calls = [pool.submit(on_a_rank, rank, port, str(checkpoint), str(out), section) for rank in range(ranks)]
+        return [call.result(timeout=400) for call in calls]
 
 
 @pytest.mark.parametrize(
     "section",
-    [{}, {"gradient_checkpointing": True, "logits_chunk": 5, "share_prompts": True}],
-    ids=["plain", "checkpointing, small chunks, prompts in common"],
+    [
+        {"num_workers": 2},
+        {"num_workers": 2, "gradient_checkpointing": True, "logits_chunk": 5, "share_prompts": True},
+        {"num_workers": 2, "expert_parallel_size": 2, "gradient_checkpointing": True},
+        {"num_workers": 4, "expert_parallel_size": 2},
+    ],
+    ids=["plain", "checkpointing, small chunks, prompts in common", "experts divided", "two groups of divided experts"],
 )
-def test_spread_over_two_ranks_is_one_rank(checkpoint: Path, tmp_path: Path, section: dict[str, Any]) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
+def test_spread_over_ranks_is_one_rank(checkpoint: Path, tmp_path: Path, section: dict[str, Any]) -> None:
+    one, many = tmp_path / "one", tmp_path / "many"
     one.mkdir()
-    two.mkdir()
+    many.mkdir()
     expected = story(checkpoint, one, 0, 1)
-    first, second = on_two_ranks(checkpoint, two, parallel="fsdp", **section)
-    assert first["held"] + second["held"] == expected["held"] and first["held"] < 0.6 * expected["held"]
-    assert first["norm"] == second["norm"] == pytest.approx(expected["norm"], rel=1e-5)
-    for rank in (first, second):
+    ranks = on_ranks(checkpoint, many, parallel="fsdp", **section)
+    held = [rank["held"] for rank in ranks]
+    assert sum(held) == expected["held"] and max(held) < 1.2 * expected["held"] / len(ranks)
+    for rank in ranks:
+        assert rank["norm"] == ranks[0]["norm"] == pytest.approx(expected["norm"], rel=1e-5)
         for name, gradient in expected["gradients"].items():
             gap = torch.tensor(rank["gradients"][name] - gradient).norm()
             assert float(gap) <= 1e-5 * max(float(torch.tensor(gradient).norm()), 1e-3 * expected["norm"]), name
-    for turn, (ours, theirs) in enumerate(zip(first["scores"], second["scores"], strict=True)):
-        assert not ours.keys() & theirs.keys()
-        for index, values in (ours | theirs).items():
+    for turn, scores in enumerate(zip(*(rank["scores"] for rank in ranks), strict=True)):
+        together = {index: values for found in scores for index, values in found.items()}
+        assert len(together) == sum(map(len, scores)) == len(LENGTHS)
+        for index, values in together.items():
             assert values == pytest.approx(expected["scores"][turn][index], abs=1e-4), (turn, index)
-    assert all(not weights for weights in second["published"])  # one rank sends for all
+    first = ranks[0]
+    assert not any(weights for rank in ranks[1:] for weights in rank["published"])  # one rank sends for all
     for turn, (found, wanted) in enumerate(zip(first["published"], expected["published"], strict=True)):
         assert found.keys() == wanted.keys()
         for name, tensor in wanted.items():
@@ -148,11 +158,11 @@ def test_spread_over_two_ranks_is_one_rank(checkpoint: Path, tmp_path: Path, sec
     for name, tensor in after_one.items():
         assert (after_two[name] == tensor).all() and (resumed[name] == tensor).all(), name
     # The files are those of a run on one rank.
-    states = [torch.load(path / "trainer_state.pt", weights_only=True)["optimizer"]["state"] for path in (one, two)]
+    states = [torch.load(path / "trainer_state.pt", weights_only=True)["optimizer"]["state"] for path in (one, many)]
     assert states[0].keys() == states[1].keys()
     for index, values in states[0].items():
         assert values["exp_avg"].shape == states[1][index]["exp_avg"].shape
-    (make_plain := make(checkpoint, two)).restore(two)
+    (make_plain := make(checkpoint, many)).restore(many)
     assert dict(make_plain.checkpoint_tensors()).keys() == expected["published"][0].keys()
 
 

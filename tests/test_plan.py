@@ -18,13 +18,13 @@ from posttrain.architectures import ARCHITECTURES
 from posttrain.planning.activations import kept_by
 from posttrain.planning.hardware import load_hardware
 from posttrain.planning.kernels import backward_seconds, forward_seconds
-from posttrain.planning.learner import Training, memory, states, sum_bytes
+from posttrain.planning.learner import Training, communication, memory, states, sum_bytes
 from posttrain.planning.lengths import Lengths
 from posttrain.planning.plans import make_plan
 from posttrain.planning.sampler import Engine, generation_seconds
 from posttrain.planning.shapes import TINY_VOCABULARY, architecture_of, of_build
-from posttrain.planning.stages import Assumptions
-from posttrain.planning.work import adapter_parameters, flops, flops_per_token, forward_products
+from posttrain.planning.stages import Assumptions, training_of
+from posttrain.planning.work import adapter_parameters, flops, flops_per_token, forward_products, layer_parameters
 from posttrain.recipe import BuildSection, GrpoRecipe, ModelSection, RecipeError
 from posttrain.recipe_file import load_recipe
 from posttrain.threads import thread_environment
@@ -217,13 +217,36 @@ def test_the_plan_of_671b() -> None:
     assert made.value("The run", "GPU hours") == pytest.approx(650 * step / 3600 * 512)
     said = "\n".join(made.warnings)
     for part in (
-        "gathered layers",
+        "activations",
         "a sampler of this recipe is 8 GPU(s)",
         "a sampler is on one node, which has 8",
         "into main memory",
         "rollout.max_lag: 1",
     ):
         assert part in said, part
+
+
+def test_the_plan_of_divided_experts() -> None:
+    """DeepSeek-V3 over 256 ranks, one layer's experts over all of them, over 64, or gathered by each."""
+
+    alone, some, everyone = (make_plan(v3(f"learner.expert_parallel_size={size}"), assumed()) for size in (1, 64, 256))
+    assert "set learner.expert_parallel_size (up to 256)" in "\n".join(alone.warnings)
+    assert "set learner.expert_parallel_size" not in "\n".join(some.warnings)
+    experts = 256 * 3 * 7168 * 2048
+    others = layer_parameters(V3) - experts
+    memory = "Memory of each of 256"
+    assert alone.value(memory, "gathered layers") == 3 * 4 * (others + experts)
+    assert some.value(memory, "gathered layers") == 3 * 4 * (others + experts / 64)
+    # Each rank has its one expert already; only its gradient passes.
+    assert everyone.value(memory, "gathered layers") == 4 * (3 * others + experts / 256)
+    pairs = 34816 * 8
+    assert some.value(memory, "tokens on their way") == 4 * pairs * 7168 * 2
+    sent = [made.value("Time of a step", "exchange between ranks") for made in (alone, some, everyone)]
+    assert sent[0] > 2 * sent[1] >= 2 * sent[2]
+    # A microbatch's tokens to 58 layers and back, in three passes, and what is no expert gathered twice and scattered.
+    tokens, rest = 6 * 58 * pairs * 7168 * 2 * 255 / 256, 12 * (V3.parameters - 58 * experts) * 255 / 256
+    found = communication(training_of(v3("learner.expert_parallel_size=256"), assumed()), 1, 1)
+    assert found[0] == pytest.approx(tokens + rest)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +263,9 @@ def test_the_plan_of_671b() -> None:
 )
 def test_a_warning_names_the_key_that_mends_it(broken: str, knob: str, cure: str) -> None:
     path = ROOT / "recipes/qwen3_30b_a3b/grpo.yaml"
-    wide = ("learner.max_tokens_per_microbatch=20480",) if "logits" in broken else ()
+    wide = ["learner.expert_parallel_size=1"]
+    if "logits" in broken:
+        wide.append("learner.max_tokens_per_microbatch=20480")
 
     def complaints(*overrides: str) -> list[str]:
         made = make_plan(load_recipe(path, [*wide, *overrides]), assumed())

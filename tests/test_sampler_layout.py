@@ -17,6 +17,7 @@ from posttrain.architectures import ARCHITECTURES, Architecture
 from posttrain.cli import check_recipe
 from posttrain.dry_run import describe
 from posttrain.errors import ParityError, RunStopped
+from posttrain.layout import require_layout
 from posttrain.placement import bundle, require_room
 from posttrain.planning.hardware import load_hardware
 from posttrain.planning.plans import make_plan
@@ -24,7 +25,6 @@ from posttrain.planning.stages import Assumptions
 from posttrain.recipe import GrpoRecipe, ParitySection, SamplerSection
 from posttrain.recipe_file import load_recipe
 from posttrain.sampler import Sampler
-from posttrain.sampler_layout import require_layout
 from posttrain.weight_buckets import filled, in_buckets
 from posttrain.weights import Publisher
 from posttrain.wire import Digest, LoadReport, WeightSnapshot, WireTensor, digest_of_all

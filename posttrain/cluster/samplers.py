@@ -291,7 +291,9 @@ class SamplerPool:
         except LOSSES as error:
             if getattr(error, "actor_init_failed", False):  # by an error of its own, which another try would meet too
                 raise RunStopped(f"a sampler did not start: {error}") from error
-            raise RunInterrupted(f"a sampler was lost while it started: {first_line(error)}; go on with --resume") from error
+            raise RunInterrupted(
+                f"a sampler was lost while it started: {first_line(error)}; go on with --resume"
+            ) from error
         self.fleet.watch()
         return nodes
 

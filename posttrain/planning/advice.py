@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from posttrain.planning.hardware import Hardware
@@ -69,10 +70,17 @@ def _cure(part: str, training: Training, stage: str) -> str:
     if part == "weights cast to bfloat16":
         return f"set {'training' if trainer else 'learner'}.gradient_checkpointing: true, which keeps one layer's"
     if part == "gathered layers":
+        fitting = math.gcd(training.ranks, training.shape.num_experts)
+        if not trainer and training.expert_parallel < fitting:
+            return f"set learner.expert_parallel_size (up to {fitting}), so that no rank gathers all experts of a layer"
         return (
-            "FSDP2 gathers all experts of a layer on every rank and no key spreads them (no expert parallelism yet): take "
-            "GPUs with more memory (--hardware h200), or a smaller policy"
+            "FSDP2 gathers whole layers on every rank, here with all of their experts: take GPUs with more memory "
+            "(--hardware h200), or a smaller policy"
+            if training.expert_parallel == 1
+            else "take GPUs with more memory (--hardware h200), or a smaller policy"
         )
+    if part == "tokens on their way":
+        return "lower learner.max_tokens_per_microbatch (at least row_length)"
     return "take GPUs with more memory"
 
 

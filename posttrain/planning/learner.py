@@ -9,7 +9,8 @@ from posttrain.architectures import Architecture
 from posttrain.planning.activations import kept_by, layers_of
 from posttrain.planning.hardware import Hardware
 from posttrain.planning.quantities import Quantity, count
-from posttrain.planning.work import Product, flops, forward_products, layer_parameters
+from posttrain.planning.quantities import size as size_of
+from posttrain.planning.work import Product, expert_parameters, flops, forward_products, layer_parameters
 
 _LOGITS_COPIES = 3  # logits, their softmax, their gradient
 
@@ -23,6 +24,7 @@ class Training:
         dtype: of the products: float32 or bfloat16 (then weights stay in float32, and copies are cast).
         ranks: of the group.
         sharded: weights, gradients and optimizer state are spread over the ranks.
+        expert_parallel: ranks over which a layer's experts are divided; tokens travel to them. Needs `sharded`.
         rows, width: of a microbatch: R rows of W tokens.
         trained_share: of the tokens, those that the loss is taken on.
         checkpointing: layers are computed again in the backward pass.
@@ -51,6 +53,12 @@ class Training:
     trained: int | None = None
     scores: bool = False
     accumulates: bool = True
+    expert_parallel: int = 1
+
+    @property
+    def expert_groups(self) -> int:
+        """Groups of ranks that each hold all experts; over these, FSDP2 spreads an expert."""
+        return self.ranks // self.expert_parallel
 
     @property
     def tokens(self) -> int:
@@ -204,13 +212,18 @@ def _passing_gradients(training: Training, sparse: int) -> Quantity:
 
 def _gathered(training: Training) -> list[Quantity]:
     """FSDP2: whole layers while they compute, and what stays gathered."""
-    shape = training.shape
-    layer = layer_parameters(shape)
+    shape, groups = training.shape, training.expert_groups
+    experts = expert_parameters(shape) // max(1, layers_of(shape)[1])
+    others, own = layer_parameters(shape) - experts, experts // training.expert_parallel
+    # Where each rank has experts of its own, they are there already.
+    gathered = others + (own if groups > 1 else 0)
     ends = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
+    divided = f", {count(own)} of {count(experts)} in its experts" if training.expert_parallel > 1 else ""
     found = [
         Quantity(
-            "gathered layers", layer * 4 * 3, "bytes",
-            f"{count(layer)} parameters of the largest layer x 4 x (this one, the next one, gradients of this one)",
+            "gathered layers", (2 * gathered + others + own) * 4, "bytes",
+            f"(2 x {count(gathered)} parameters of the largest layer, this one and the next one, + {count(others + own)} "
+            f"gradients of this one) x 4{divided}",
             "FSDP2 gathers and prefetches whole layers: posttrain/learner_parallel.py",
         ),
         Quantity(
@@ -218,13 +231,28 @@ def _gathered(training: Training) -> list[Quantity]:
             "stay gathered through the backward pass: posttrain/learner_parallel.py",
         ),
     ]  # fmt: skip
+    if training.expert_parallel > 1:
+        rows = training.tokens * shape.num_experts_per_tok
+        found.append(
+            Quantity(
+                "tokens on their way", 4 * rows * shape.hidden_size * training.width_bytes, "bytes",
+                f"{rows:,} pairs of token and expert x {shape.hidden_size} x {training.width_bytes} x 4 (sent, arrived, "
+                f"computed, back)",
+                "posttrain/expert_parallel.py, with even routing",
+            )
+        )  # fmt: skip
     return [*found, _casts(training)] if training.dtype == "bfloat16" else found
 
 
 def _casts(training: Training) -> Quantity:
     """Weights that autocast has cast are kept for the backward pass, with checkpointing those of one layer."""
-    shape = training.shape
-    number = layer_parameters(shape) if training.checkpointing else shape.parameters
+    shape, elsewhere = training.shape, 1 - 1 / training.expert_parallel
+    sparse = max(1, layers_of(shape)[1])
+    number = round(
+        layer_parameters(shape) - elsewhere * expert_parameters(shape) / sparse
+        if training.checkpointing
+        else shape.parameters - elsewhere * expert_parameters(shape)
+    )
     return Quantity(
         "weights cast to bfloat16", number * 2, "bytes",
         f"{count(number)} parameters x 2" + ("" if training.checkpointing else ", kept for the backward pass"),
@@ -293,12 +321,25 @@ def communication(training: Training, microbatches: float, optimizer_steps: floa
         return 0.0, "one rank"
     parameters, share = training.shape.parameters, (training.ranks - 1) / training.ranks
     if training.sharded:
-        sent = 3 * 4 * parameters * share * microbatches
-        return sent, (
-            f"{microbatches:g} microbatches x 3 (gather forward, gather backward, scatter gradients) x {count(parameters)} x 4"
-        )
+        moved, travelling = parameters * share, 0.0
+        what = f"{count(parameters)} x 4"
+        if training.expert_parallel > 1:
+            experts, size = expert_parameters(training.shape), training.expert_parallel
+            others, own = parameters - experts, experts / size * (training.expert_groups - 1) / training.expert_groups
+            moved, travelling = others * share + own, _travelling_bytes(training)
+            what = f"({count(others)} + {count(own)} in experts) x 4 + tokens {size_of(travelling)}"
+        sent = (3 * 4 * moved + travelling) * microbatches
+        return sent, f"{microbatches:g} microbatches x 3 (gather forward, gather backward, scatter gradients) x {what}"
     sent = 2 * 4 * training.trained_parameters * share * optimizer_steps
     return sent, f"{optimizer_steps:g} optimizer steps x 2 (ring all-reduce) x {count(training.trained_parameters)} x 4"
+
+
+def _travelling_bytes(training: Training) -> float:
+    """Tokens to experts and back in a microbatch: forward pass, backward pass, and the one that checkpointing repeats."""
+    pairs = training.tokens * training.shape.num_experts_per_tok * layers_of(training.shape)[1]
+    times = 2 * (3 if training.checkpointing else 2)
+    share = (training.expert_parallel - 1) / training.expert_parallel
+    return times * pairs * training.shape.hidden_size * training.width_bytes * share
 
 
 def sum_bytes(parts: Sequence[Quantity]) -> float:

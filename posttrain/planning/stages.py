@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from posttrain.architectures import Architecture
+from posttrain.layout import check_layout, require_node
 from posttrain.planning.hardware import Hardware
 from posttrain.planning.learner import Training
 from posttrain.planning.lengths import Lengths
@@ -13,7 +14,6 @@ from posttrain.planning.sampler import Engine, smallest_engine
 from posttrain.planning.shapes import architecture_of
 from posttrain.planning.work import adapter_parameters
 from posttrain.recipe import GrpoRecipe, ModelSection, Recipe, RecipeError, RewardModelRecipe, SftRecipe
-from posttrain.sampler_layout import check_layout, require_node
 
 DEFAULT_MEAN_SHARE = 0.25  # of max_completion_length
 DEFAULT_SIGMA = 0.6
@@ -99,6 +99,7 @@ def _grpo(recipe: GrpoRecipe, assumed: Assumptions) -> Training:
         dtype=recipe.model.dtype,
         ranks=learner.num_workers,
         sharded=learner.parallel == "fsdp",
+        expert_parallel=learner.expert_parallel_size,
         rows=max(1, learner.max_tokens_per_microbatch // learner.row_length),
         width=learner.row_length,
         trained_share=lengths.mean / (lengths.mean + assumed.prompt_tokens),
@@ -148,7 +149,7 @@ def engine_of(recipe: GrpoRecipe, assumed: Assumptions) -> Engine:
         RecipeError: the policy does not divide by a sampler's devices, or they are more than a node has.
     """
     sampler, shape, hardware = recipe.sampler, require_shape(recipe.model), assumed.hardware
-    check_layout(recipe.model, sampler)
+    check_layout(recipe.model, sampler, recipe.learner)
     require_node(sampler.tensor_parallel_size, hardware.gpus_per_node)
     dtype = sampler.dtype or recipe.model.dtype
     engine = Engine(

@@ -1,7 +1,8 @@
-"""How a sampler's policy is laid out over the devices of a node, and what cannot be. Imports no torch.
+"""How a policy is laid out over the devices of a sampler or the ranks of the learner, and what cannot be. Imports no torch.
 
 With `sampler.tensor_parallel_size: n` each of n devices holds n-th parts of attention heads and of MLPs; with
-`sampler.enable_expert_parallel` it holds whole experts instead of a part of each.
+`sampler.enable_expert_parallel` it holds whole experts instead of a part of each. With `learner.expert_parallel_size: n`
+groups of n ranks divide the experts of each layer.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from posttrain.grpo_sections import LearnerSection
 from posttrain.planning.shapes import architecture_of
 from posttrain.sections import ModelSection, RecipeError, SamplerSection
 
 _KEY = "sampler.tensor_parallel_size"
+_GROUPS = "learner.expert_parallel_size"
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")  # as config.json of one kind or the other says it
 
 
@@ -29,7 +32,7 @@ def require_layout(config: Mapping[str, Any], devices: int, *, expert_parallel: 
     Raises:
         RecipeError, which is a ValueError: what does not divide, and the numbers of devices that would do.
     """
-    experts = next((config[name] for name in _EXPERTS if config.get(name)), 0)
+    experts = _experts_of(config)
     if expert_parallel and not experts:
         raise RecipeError(
             "sampler.enable_expert_parallel=true: the policy is dense and has no experts to spread; set it to false"
@@ -64,20 +67,49 @@ def require_node(devices: int, per_node: int) -> None:
         )
 
 
-def check_layout(model: ModelSection, sampler: SamplerSection) -> None:
-    """`require_layout` for a recipe, as far as the policy's shape is known before its files are there.
+def require_expert_groups(num_experts: int, size: int) -> None:
+    """Refuse groups of ranks over which the experts of a layer do not divide.
+
+    Args:
+        num_experts: of a layer; 0 is a dense policy.
+        size: of a group.
+
+    Raises:
+        RecipeError: and which sizes would do.
+    """
+    if not num_experts:
+        raise RecipeError(f"{_GROUPS}={size}: the policy is dense and has no experts to divide; set it to 1")
+    if num_experts % size:
+        allowed = ", ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)
+        raise RecipeError(
+            f"{_GROUPS}={size}: a layer's {num_experts} experts are no multiple of it; use one of {allowed}"
+        )
+
+
+def check_layout(model: ModelSection, sampler: SamplerSection | None, learner: LearnerSection | None = None) -> None:
+    """Both for a recipe, as far as the policy's shape is known before its files are there.
 
     Raises:
         RecipeError: see there.
     """
-    if sampler.tensor_parallel_size == 1 and not sampler.enable_expert_parallel:
+    devices = sampler is not None and (sampler.tensor_parallel_size > 1 or sampler.enable_expert_parallel)
+    groups = learner is not None and learner.expert_parallel_size > 1
+    if not devices and not groups:
         return
     try:
         shape = architecture_of(model)
-    except RecipeError:  # of a kind that plans do not know; the sampler looks at its config.json
+    except RecipeError:  # of a kind that plans do not know; sampler and learner look at the model itself
         return
-    if shape is not None:
+    if shape is None:
+        return
+    if sampler is not None and devices:
         require_layout(asdict(shape), sampler.tensor_parallel_size, expert_parallel=sampler.enable_expert_parallel)
+    if learner is not None and groups:
+        require_expert_groups(shape.num_experts, learner.expert_parallel_size)
+
+
+def _experts_of(config: Mapping[str, Any]) -> int:
+    return next((config[name] for name in _EXPERTS if config.get(name)), 0)
 
 
 def _divided(config: Mapping[str, Any], experts: int, *, expert_parallel: bool) -> dict[str, int]:
