@@ -5,15 +5,16 @@
 A calm run with one sampler comes first, unless it is there. Then the same recipe runs with two samplers under
 `--max-restarts`, round after round until the time is up, and the last round is let finish. A fault kills with SIGKILL: driver,
 learner, a sampler, a reward's actor or the raylet, whichever comes next of a shuffled row of all of them. It comes 30 to 90
-seconds after the one before, but not before the run is further than it was then. Every round must end with the calm run's
-weights to the bit, its completions and its accuracy.
+seconds after the one before, or as soon as the run is further than it was then, if that takes longer. Every round must end
+with the calm run's weights to the bit, its completions and its accuracy.
 
 Meanwhile the memory of all processes is read every 5 seconds. What counts is read while the run is at work: all of its
 processes are there, and it has made three steps with just these. Two slopes are fitted: of the sum, over all of the hours,
 and of each process that was at work for a minute and more, of which the mean is given. At the end nothing of the run may be
 alive, and nothing left in /dev/shm.
 
-Results are appended to soak.jsonl in --directory; the last line printed is one JSON object.
+Faults, ended rounds and readings of memory are appended to files in --directory, and what is there counts: a soak that was
+stopped goes on, without the round that it was in. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -64,15 +65,17 @@ eval:
 class Memory:
     """Resident memory of the run's processes while it is at work, read in a thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
         self.run: Run | None = None
-        self.readings: list[tuple[float, dict[int, tuple[str, int]]]] = []  # seconds, process -> (what it is, bytes)
+        self._path = path
+        # seconds, process -> (what it is, bytes)
+        self.readings: list[tuple[float, dict[str, tuple[str, int]]]] = list(read_lines(path))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
-        start, since = time.monotonic(), 0
+        since = 0
         together: set[int] = set()
         while not self._stop.wait(INTERVAL):
             if self.run is None:
@@ -83,7 +86,9 @@ class Memory:
             if here != together:
                 together, since = here, self.run.progress()
             if kinds.count("sampler") == 2 and not ROLES - set(kinds) and self.run.progress() >= since + 3:
-                self.readings.append((time.monotonic() - start, found))
+                reading = (time.time(), {str(number): value for number, value in found.items()})
+                self.readings.append(reading)
+                append(self._path, reading)
 
     def close(self) -> None:
         self._stop.set()
@@ -92,7 +97,7 @@ class Memory:
     def slopes(self) -> dict[str, Any]:
         """MiB an hour: of the sum, with its standard error, and of each kind of process."""
         whole = [(at, sum(size for _, size in found.values())) for at, found in self.readings]
-        of: dict[tuple[int, str], list[tuple[float, int]]] = defaultdict(list)
+        of: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
         for at, found in self.readings:
             for number, (kind, size) in found.items():
                 of[number, kind].append((at, size))
@@ -144,24 +149,34 @@ def slope(points: Sequence[tuple[float, int]]) -> tuple[float, float]:
     return found * unit, (rest / spread) ** 0.5 * unit
 
 
-def soak_round(run: Run, rng: random.Random, end: float, keep: Any) -> None:
-    """Faults until the time is up or the run is over; the last tenth of the steps is left alone."""
-    row: list[str] = []
+def soak_round(run: Run, row: list[str], rng: random.Random, end: float, keep: Any) -> None:
+    """Faults until the time is up or the run is over; the row of what comes next goes on in the next round."""
+    last = time.monotonic()
     while True:
-        wait = time.monotonic() + rng.uniform(30, 90)
+        wait = last + rng.uniform(30, 90)
         while time.monotonic() < min(wait, end) and run.process.poll() is None:
             time.sleep(0.2)
         if time.monotonic() >= end or run.process.poll() is not None:
             return
         if not row:
-            row = list(KINDS)
-            rng.shuffle(row)
+            row += rng.sample(KINDS, len(KINDS))
         # It may be starting just now: then as soon as it is there.
+        last = time.monotonic()
         while (found := strike(run, row[-1], rng)) is None and run.process.poll() is None:
             time.sleep(0.5)
+            last = time.monotonic()
         if found is not None:
             row.pop()
             keep(found)
+
+
+def append(path: Path, row: Any) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def shared_memory() -> set[str]:
@@ -225,40 +240,44 @@ def main() -> int:
     if options.calm_only:
         return 0
     results = home / "soak.jsonl"
-
-    def keep(row: dict[str, Any]) -> None:
-        struck.append(row)
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-
-    rng, memory, before = random.Random(options.seed), Memory(), shared_memory()
-    start, orphans, ended = time.monotonic(), 0, []
-    faults: list[dict[str, Any]] = []
-    while time.monotonic() - start < options.hours * 3600:
-        out = home / f"round-{int(time.time())}"
+    ended = [row for row in read_lines(results) if "round" in row]
+    coming: list[str] = []
+    before, memory = shared_memory(), Memory(home / "memory.jsonl")
+    while (left := options.hours * 3600 - 60 * sum(row["minutes"] for row in ended)) > 0:
         began = time.monotonic()
         struck: list[dict[str, Any]] = []
+        out = home / f"round-{int(time.time())}"
         run = memory.run = Run("grpo", home, out, "--max-restarts", "1000000")
-        soak_round(run, rng, start + options.hours * 3600, keep)
+
+        def keep(fault: dict[str, Any], struck: list[dict[str, Any]] = struck) -> None:
+            struck.append(fault)
+            print(json.dumps(fault), flush=True)
+
+        soak_round(run, coming, random.Random(f"{options.seed}/{len(ended)}"), began + left, keep)
         run.finish()
         note_replacements(run, struck)
-        faults += struck
-        orphans += len(run.processes(""))
-        ended.append((out, (time.monotonic() - began) / 60, len(struck)))
+        row = {"round": out.name, "minutes": (time.monotonic() - began) / 60, "faults": struck}
+        ended.append(row | {"orphans": len(run.processes(""))})
+        append(results, ended[-1])
     memory.close()
     calm, _ = calm_run(home, "grpo")
+    faults = [fault for row in ended for fault in row["faults"]]
     rounds = [
-        {**compare("grpo", out, calm), "minutes": minutes, "faults": number, "accuracy": accuracy(out)}
-        for out, minutes, number in ended
+        {
+            **compare("grpo", home / row["round"], calm),
+            "minutes": row["minutes"],
+            "faults": len(row["faults"]),
+            "accuracy": accuracy(home / row["round"]),
+        }
+        for row in ended
     ]
     whole = {
         "rounds": rounds,
         "calm": accuracy(calm),
         "memory": memory.slopes(),
-        "orphans": orphans,
+        "orphans": sum(row["orphans"] for row in ended),
         "left_in_shared_memory": sorted(shared_memory() - before),
-        "hours": (time.monotonic() - start) / 3600,
+        "hours": sum(row["minutes"] for row in ended) / 60,
     }
     text = table(rounds, faults, whole)
     print(text)

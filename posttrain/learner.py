@@ -279,16 +279,13 @@ class Learner:
     # --- weights and state ----------------------------------------------------------------------------------------
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The policy's weights in checkpoint names, in the type that the sampler holds; nothing but on rank 0.
+        """This rank's part of the policy's weights in checkpoint names, in the type that the sampler holds.
 
-        Weights that are spread over ranks are gathered, so all ranks must iterate.
+        Where weights are spread over ranks, each layer is gathered by another of them, so that none ever holds the policy; all
+        must iterate. Otherwise the first rank has all weights, and the others nothing.
         """
-        weights = self._policy.weights(keep=self.rank == 0)
-        if self.rank:
-            return
-        for name, tensor in load.checkpoint_tensors(self._model, weights):
-            keep = not tensor.is_floating_point() or name.endswith("e_score_correction_bias")
-            yield name, tensor if keep else tensor.to(self._publish_dtype)
+        for weights in self._policy.layers(self._publish_dtype, self.rank, self._accelerator.num_processes):
+            yield from load.checkpoint_tensors(self._model, weights)
 
     def save(self, path: str | Path) -> None:
         """Write policy and training state into an existing directory, the same files however many ranks there are."""

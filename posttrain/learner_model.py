@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 
 from posttrain import learner_parallel
 from posttrain.model import load, lora, mtp
 from posttrain.recipe import LoraSection, ModelSection
+
+_LAYER = re.compile(r"(.*?\blayers\.\d+)\.")
 
 
 def load_weights(section: ModelSection, path: str) -> Any:
@@ -24,6 +28,11 @@ def load_weights(section: ModelSection, path: str) -> Any:
         experts_implementation=section.experts_implementation,
         trust_remote_code=section.trust_remote_code,
     )
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    keep = not tensor.is_floating_point() or name.endswith("e_score_correction_bias")
+    return tensor if keep else tensor.to(dtype)
 
 
 class LearnerPolicy:
@@ -84,6 +93,27 @@ class LearnerPolicy:
         if self._adapted is not None:
             return lora.merged_weights(self._adapted) if keep else {}
         return learner_parallel.gather(self.model.state_dict(), keep=keep)
+
+    @torch.no_grad()
+    def layers(self, dtype: torch.dtype, rank: int, ranks: int) -> Iterator[dict[str, torch.Tensor]]:
+        """All weights a layer at a time, adapters merged, cast to a type but for the router's bias, which is compared.
+
+        Where weights are spread over ranks, each gets every `ranks`-th layer and must go through all; else the first gets all.
+        """
+        is_spread = any(isinstance(tensor, DTensor) for tensor in self.model.parameters())
+        if rank and not is_spread:
+            return
+        if self._adapted is not None:
+            yield {name: _cast(name, tensor, dtype) for name, tensor in lora.merged_weights(self._adapted).items()}
+            return
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in self.model.state_dict().items():
+            layer = _LAYER.match(name)
+            parts.setdefault(layer[1] if layer else name, {})[name] = tensor
+        for number, part in enumerate(parts.values()):
+            cast = {name: _cast(name, tensor, dtype) for name, tensor in part.items()}
+            keep = not is_spread or rank == number % ranks
+            yield learner_parallel.gather(cast, keep=keep)
 
     def save(self, path: str | Path, tokenizer: Any, *, is_main: bool) -> None:
         """Write plain weights, and the adapters beside them, into an existing directory. Collective."""

@@ -50,10 +50,15 @@ class Bucket:
             digest: is told what they hold.
         """
         memory = self._map()
-        for entry in self.entries:
-            data = np.frombuffer(memory, np.uint8, entry.num_bytes, entry.start)
-            digest.add([WireTensor(entry.name, entry.dtype, entry.shape, data)])
-            yield entry.name, torch.from_numpy(data).view(getattr(torch, entry.dtype)).reshape(entry.shape)
+        wires = [
+            WireTensor(
+                entry.name, entry.dtype, entry.shape, np.frombuffer(memory, np.uint8, entry.num_bytes, entry.start)
+            )
+            for entry in self.entries
+        ]
+        digest.add(wires)
+        for wire in wires:
+            yield wire.name, torch.from_numpy(wire.data).view(getattr(torch, wire.dtype)).reshape(wire.shape)
 
     def _map(self) -> mmap.mmap:
         descriptor = os.open(f"/proc/{self.process}/fd/{self.descriptor}", os.O_RDONLY)

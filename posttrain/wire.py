@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,8 @@ import torch
 from posttrain.types import Sample
 
 CHUNK_BYTES = 512 * 2**20
+HASH_THREADS = 8  # at most
+_WORTH_THREADS = 64 * 2**20  # bytes
 
 
 def flat_bytes(tensor: torch.Tensor) -> np.ndarray:
@@ -58,20 +62,32 @@ def to_chunks(
 
 
 class Digest:
-    """SHA-256 over names, types, shapes and bytes, in the order they come."""
+    """SHA-256 over that of each tensor's name, type, shape and bytes, in the order they come.
+
+    Of each tensor first, so that threads share the work here, and the learner's ranks the work there.
+    """
 
     def __init__(self) -> None:
-        self._hash = hashlib.sha256()
+        self.parts: list[bytes] = []
         self.num_bytes = 0
 
     def add(self, chunk: Sequence[WireTensor]) -> None:
-        for wire in chunk:
-            self._hash.update(f"{wire.name}|{wire.dtype}|{wire.shape}|".encode())
-            self._hash.update(wire.data.data)
-            self.num_bytes += wire.data.nbytes
+        num_bytes = sum(wire.data.nbytes for wire in chunk)
+        if num_bytes > _WORTH_THREADS and len(chunk) > 1:
+            with ThreadPoolExecutor(min(HASH_THREADS, os.cpu_count() or 1)) as pool:
+                self.parts += pool.map(_hash, chunk)
+        else:
+            self.parts += map(_hash, chunk)
+        self.num_bytes += num_bytes
 
     def hexdigest(self) -> str:
-        return self._hash.hexdigest()
+        return hashlib.sha256(b"".join(self.parts)).hexdigest()
+
+
+def _hash(wire: WireTensor) -> bytes:
+    found = hashlib.sha256(f"{wire.name}|{wire.dtype}|{wire.shape}|".encode())
+    found.update(wire.data.data)
+    return found.digest()
 
 
 def digest_of_all(arrived: str, given: str, loaded: Sequence[str]) -> str:
@@ -93,6 +109,23 @@ class WeightSnapshot:
     digest: str
     num_bytes: int
     chunks: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotPart:
+    """What one rank of the learner sends of a version."""
+
+    digests: tuple[bytes, ...]  # of its tensors, in the order they are sent
+    num_bytes: int
+    chunks: tuple[Any, ...]
+
+
+def join_parts(version: int, parts: Sequence[SnapshotPart]) -> WeightSnapshot:
+    """The parts of all ranks as one snapshot, which is sent in their order."""
+    whole = Digest()
+    whole.parts = [digest for part in parts for digest in part.digests]
+    chunks = tuple(chunk for part in parts for chunk in part.chunks)
+    return WeightSnapshot(version, whole.hexdigest(), sum(part.num_bytes for part in parts), chunks)
 
 
 @dataclass(frozen=True, slots=True)

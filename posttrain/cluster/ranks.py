@@ -30,7 +30,7 @@ from posttrain.recipe import (
 )
 from posttrain.threads import thread_environment
 from posttrain.types import Sample, TrainBatch
-from posttrain.wire import Digest, WeightSnapshot, to_chunks
+from posttrain.wire import Digest, SnapshotPart, WeightSnapshot, join_parts, to_chunks
 
 if TYPE_CHECKING:
     from posttrain.learner_scores import Scores
@@ -82,13 +82,13 @@ class _RankActor:
         # Samples are an argument of their own, so that Ray fetches them once for all ranks.
         return getattr(self._model, method)(batch, samples, *args, **settings)
 
-    def export_weights(self, version: int) -> WeightSnapshot:
+    def export_weights(self) -> SnapshotPart:
         digest = Digest()
         handles = []
         for chunk in to_chunks(self._model.checkpoint_tensors()):
             digest.add(chunk)
             handles.append(ray.put(chunk))
-        return WeightSnapshot(version, digest.hexdigest(), digest.num_bytes, tuple(handles))
+        return SnapshotPart(tuple(digest.parts), digest.num_bytes, tuple(handles))
 
 
 class _RankGroup:
@@ -272,9 +272,8 @@ class LearnerGroup(_RankGroup):
         return reduce(add, self._with_samples("score", samples, **settings))
 
     def export_weights(self, version: int) -> WeightSnapshot:
-        # Only the first rank sends anything, but weights may be spread over all.
-        snapshots = get([actor.export_weights.remote(version) for actor in self._actors], self._who)
-        return snapshots[0]
+        """Where the samplers find the present weights: each rank gives its part of them, or the first one all."""
+        return join_parts(version, get([actor.export_weights.remote() for actor in self._actors], self._who))
 
     def roll_back(self, path: str) -> None:
         """Take weights, optimizer and schedule of an earlier checkpoint, on every rank."""
