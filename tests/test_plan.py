@@ -226,6 +226,13 @@ def test_the_plan_of_671b() -> None:
         assert part in said, part
 
 
+def test_the_plan_hashes_in_as_many_threads_as_samplers_do() -> None:
+    from posttrain.planning import publication
+    from posttrain.wire import HASH_THREADS
+
+    assert publication._HASH_THREADS == HASH_THREADS
+
+
 def test_the_plan_of_divided_experts() -> None:
     """DeepSeek-V3 over 256 ranks, one layer's experts over all of them, over 64, or gathered by each."""
 
@@ -243,6 +250,7 @@ def test_the_plan_of_divided_experts() -> None:
     assert some.value(memory, "tokens on their way") == 4 * pairs * 7168 * 2
     sent = [made.value("Time of a step", "exchange between ranks") for made in (alone, some, everyone)]
     assert sent[0] > 2 * sent[1] >= 2 * sent[2]
+    assert alone.value("Time of a step", "digest, both ends") == pytest.approx(V3.parameters * 2 * (1 + 1 / 61) / 12e9)
     # A microbatch's tokens to 58 layers and back, in three passes, and what is no expert gathered twice and scattered.
     tokens, rest = 6 * 58 * pairs * 7168 * 2 * 255 / 256, 12 * (V3.parameters - 58 * experts) * 255 / 256
     found = communication(training_of(v3("learner.expert_parallel_size=256"), assumed()), 1, 1)
