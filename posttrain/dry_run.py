@@ -218,9 +218,14 @@ def _checkpoints(section: CheckpointSection, first: str = "") -> list[str]:
     return [f"saves       {first}{when}, or when interrupted; the newest {section.save_total_limit} are kept"]
 
 
-def _expert_groups(learner: LearnerSection) -> list[str]:
-    size = learner.expert_parallel_size
-    return [f"            the experts of a layer over {size} of them, tokens sent there and back"] if size > 1 else []
+def _groups(learner: LearnerSection) -> list[str]:
+    """What ranks share beside the weights."""
+    lines = []
+    if (size := learner.expert_parallel_size) > 1:
+        lines.append(f"            the experts of a layer over {size} of them, tokens sent there and back")
+    if (size := learner.context_parallel_size) > 1:
+        lines.append(f"            each row over {size} of them, heads of attention instead of tokens meanwhile")
+    return lines
 
 
 def _memory(
@@ -368,7 +373,7 @@ def _grpo(recipe: GrpoRecipe) -> list[str]:
         f"steps per step",
         f"            -> at most {microbatch_bound(recipe)} microbatches of up to {learner.max_tokens_per_microbatch} "
         f"tokens on each of {learner.num_workers} learner rank(s) per minibatch",
-        *_expert_groups(learner),
+        *_groups(learner),
         f"length      {recipe.max_steps} steps, {recipe.max_steps * samples:,} completions, "
         f"{recipe.max_steps * steps:,} optimizer steps",
         *episodes,

@@ -14,7 +14,6 @@ this rank's E / P experts are sent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from posttrain.collectives import AllToAll
 from posttrain.layout import require_expert_groups
 
 
@@ -96,10 +96,10 @@ class _Travel:
         arriving_PE = torch.empty_like(counts_PE)
         dist.all_to_all_single(arriving_PE, counts_PE, group=self._group)
         away, here = counts_PE.sum(1).tolist(), arriving_PE.sum(1).tolist()
-        arrived_MD = _AllToAll.apply(hidden_ND[order // num_chosen], away, here, self._group)
+        arrived_MD = AllToAll.apply(hidden_ND[order // num_chosen], away, here, self._group)
         experts = torch.arange(self._own, device=chosen_NK.device).repeat(self._size)
         computed_MD = self._compute(arrived_MD, experts.repeat_interleave(arriving_PE.flatten()))
-        back = _AllToAll.apply(computed_MD, here, away, self._group)
+        back = AllToAll.apply(computed_MD, here, away, self._group)
         of_token_NKD = torch.empty_like(back).index_copy(0, order, back).view(*chosen_NK.shape, -1)
         return (of_token_NKD * weights_NK[..., None]).sum(1).to(dtype)
 
@@ -126,27 +126,6 @@ class _OwnExperts:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
-
-
-class _AllToAll(torch.autograd.Function):
-    """Rows to other ranks and from them; gradients go the way back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, away: Sequence[int], here: Sequence[int], group: dist.ProcessGroup
-    ) -> torch.Tensor:
-        ctx.away, ctx.here, ctx.group = away, here, group
-        return _exchange(rows, away, here, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _exchange(gradients[0], ctx.here, ctx.away, ctx.group), None, None, None
-
-
-def _exchange(rows: torch.Tensor, away: Sequence[int], here: Sequence[int], group: dist.ProcessGroup) -> torch.Tensor:
-    found = rows.new_empty(sum(here), *rows.shape[1:])
-    dist.all_to_all_single(found, rows.contiguous(), list(here), list(away), group=group)
-    return found
 
 
 class _Scaled(torch.autograd.Function):

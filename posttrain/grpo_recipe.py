@@ -349,6 +349,10 @@ class GrpoRecipe(Recipe):
                 "learner.parallel: fsdp with algorithm.baseline: critic: the critic is not spread over ranks; set "
                 "learner.parallel: ddp"
             )
+        if self.learner.context_parallel_size > 1 and self.algorithm.baseline == "critic":
+            raise ValueError(
+                "learner.context_parallel_size with algorithm.baseline: critic: the critic computes whole rows; set it to 1"
+            )
         return self
 
     @model_validator(mode="after")

@@ -33,6 +33,7 @@ class LearnerSection(Section):
     share_prompts: bool = False  # compute a prompt once for the completions of a microbatch that have it in common
     parallel: Literal["ddp", "fsdp"] = "ddp"  # every rank holds the policy, or its share of it (FSDP2)
     expert_parallel_size: PositiveInt = 1  # with fsdp: ranks that the experts of a layer are divided over
+    context_parallel_size: PositiveInt = 1  # ranks that share each row of tokens, for samples too long for one
     offload_optimizer: bool = False  # optimizer state in main memory but for the step itself; needs a GPU
     offload_reference: bool = False  # reference and teacher in main memory but for scoring; needs a GPU
     start_timeout_seconds: Positive = 300  # how long to wait for room on the cluster
@@ -65,6 +66,24 @@ class LearnerSection(Section):
         if self.parallel == "fsdp" and self.offload_reference:
             raise ValueError(
                 "offload_reference with parallel: fsdp: each rank holds its share of the reference only; remove one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_of_context_fit(self) -> LearnerSection:
+        size = self.context_parallel_size
+        if self.num_workers % size:
+            raise ValueError(
+                f"context_parallel_size={size} with num_workers={self.num_workers}: the ranks make groups of it; use a number "
+                f"that divides {self.num_workers}"
+            )
+        if size > 1 and self.share_prompts:
+            raise ValueError(
+                "context_parallel_size with share_prompts: rows of shared prompts are not divided; remove one of the two"
+            )
+        if size > 1 and self.logits_chunk is None:
+            raise ValueError(
+                "context_parallel_size with logits_chunk: null, which keeps the logits of all tokens; set logits_chunk: 1024"
             )
         return self
 

@@ -2,7 +2,7 @@
 
 With `sampler.tensor_parallel_size: n` each of n devices holds n-th parts of attention heads and of MLPs; with
 `sampler.enable_expert_parallel` it holds whole experts instead of a part of each. With `learner.expert_parallel_size: n`
-groups of n ranks divide the experts of each layer.
+groups of n ranks divide the experts of each layer, with `learner.context_parallel_size: n` each row of tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from posttrain.sections import ModelSection, RecipeError, SamplerSection
 
 _KEY = "sampler.tensor_parallel_size"
 _GROUPS = "learner.expert_parallel_size"
+_CONTEXT = "learner.context_parallel_size"
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")  # as config.json of one kind or the other says it
 
 
@@ -86,6 +87,33 @@ def require_expert_groups(num_experts: int, size: int) -> None:
         )
 
 
+def require_context_groups(config: Mapping[str, Any], size: int) -> None:
+    """Refuse groups of ranks over which attention does not divide, or of a kind that sees other than all tokens before.
+
+    Args:
+        config: of the policy, names as in its config.json.
+        size: of a group.
+
+    Raises:
+        RecipeError: and which sizes would do.
+    """
+    if config.get("sliding_window") or "linear_attention" in (config.get("layer_types") or ()):
+        raise RecipeError(
+            f"{_CONTEXT}={size}: the policy has layers that do not see all tokens before (sliding window, linear attention); "
+            f"set it to 1"
+        )
+    heads = config.get("num_attention_heads") or 0
+    # MLA's latent becomes keys of all heads before attention.
+    keys = heads if config.get("kv_lora_rank") else config.get("num_key_value_heads") or heads
+    if heads % size or keys % size:
+        fitting = math.gcd(heads, keys)
+        allowed = ", ".join(str(n) for n in range(1, fitting + 1) if fitting % n == 0)
+        raise RecipeError(
+            f"{_CONTEXT}={size}: the policy has {heads} heads of queries and {keys} of keys, which are no multiples of it; "
+            f"use one of {allowed}"
+        )
+
+
 def check_layout(model: ModelSection, sampler: SamplerSection | None, learner: LearnerSection | None = None) -> None:
     """Both for a recipe, as far as the policy's shape is known before its files are there.
 
@@ -93,7 +121,7 @@ def check_layout(model: ModelSection, sampler: SamplerSection | None, learner: L
         RecipeError: see there.
     """
     devices = sampler is not None and (sampler.tensor_parallel_size > 1 or sampler.enable_expert_parallel)
-    groups = learner is not None and learner.expert_parallel_size > 1
+    groups = learner is not None and max(learner.expert_parallel_size, learner.context_parallel_size) > 1
     if not devices and not groups:
         return
     try:
@@ -104,7 +132,9 @@ def check_layout(model: ModelSection, sampler: SamplerSection | None, learner: L
         return
     if sampler is not None and devices:
         require_layout(asdict(shape), sampler.tensor_parallel_size, expert_parallel=sampler.enable_expert_parallel)
-    if learner is not None and groups:
+    if learner is not None and learner.context_parallel_size > 1:
+        require_context_groups(asdict(shape), learner.context_parallel_size)
+    if learner is not None and learner.expert_parallel_size > 1:
         require_expert_groups(shape.num_experts, learner.expert_parallel_size)
 
 

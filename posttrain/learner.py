@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from posttrain import learner_offload, learner_parallel
+from posttrain.context_parallel import ContextParallel
 from posttrain.learner_model import LearnerPolicy, load_weights
 from posttrain.learner_scores import Scores, compare_microbatch
 from posttrain.metrics import Metric
@@ -79,6 +80,8 @@ class Learner:
             model, origin, lora, seed=seed, gradient_checkpointing=learner.gradient_checkpointing
         )
         self._model = self._policy.model
+        size, ranks = learner.context_parallel_size, self._accelerator.num_processes
+        self._context = ContextParallel(size, ranks, self._accelerator.device.type) if size > 1 else None
         # Models that only score: what is sampled is compared with them.
         paths = {"reference": reference_path, "teacher": teacher_path}
         self._compared = [name for name, path in paths.items() if path is not None]
@@ -96,7 +99,7 @@ class Learner:
         self._model.train()
         if learner.share_prompts:
             require_shareable(self._model)
-        self._scorer = TokenScorer(self._model, learner.logits_chunk)
+        self._scorer = TokenScorer(self._model, learner.logits_chunk, self._context)
         if learner.parallel == "fsdp":
             learner_parallel.shard(self._scorer, self._accelerator, learner.expert_parallel_size)
         raw_optimizer = torch.optim.AdamW(
@@ -169,12 +172,15 @@ class Learner:
                     # Ranks' gradients are averaged, so the sum over ranks needs their number.
                     self._accelerator.backward(loss_sum * (self._accelerator.num_processes / divisor))
             self._guard.see(loss_sum)
-            trace = _of_whole_samples(trace, microbatch)
-            look(microbatch, logprobs_RW.detach(), trace)
-            real_N = (microbatch.sample_ids_RW >= 0).flatten()
-            self._balance.observe(trace, real_N, replayed=self._router_section.bias_counts == "sampler")
-            _accumulate(metrics, sums, batch.num_loss_tokens)
-            _accumulate(metrics, {"policy/loss": loss_sum.detach()}, divisor)
+            trace = self._of_whole_samples(trace, microbatch)
+            if self._speaks:
+                look(microbatch, logprobs_RW.detach(), trace)
+                real_N = (microbatch.sample_ids_RW >= 0).flatten()
+                self._balance.observe(trace, real_N, replayed=self._router_section.bias_counts == "sampler")
+            # All ranks have the same names, and their parts add up.
+            share = 1.0 if self._speaks else 0.0
+            _accumulate(metrics, {name: share * value for name, value in sums.items()}, batch.num_loss_tokens)
+            _accumulate(metrics, {"policy/loss": share * loss_sum.detach()}, divisor)
         return metrics
 
     def optim_step(self) -> dict[str, Metric]:
@@ -210,7 +216,24 @@ class Learner:
         """The experts that the sampler chose, if the learner is to use them."""
         if not self._router_section.replay:
             return None
-        return microbatch.experts_NLK if microbatch.shared is None else microbatch.shared.experts_NLK
+        if microbatch.shared is not None:
+            return microbatch.shared.experts_NLK
+        experts_NLK = microbatch.experts_NLK
+        if self._context is None or experts_NLK is None:
+            return experts_NLK
+        experts_RWLK = experts_NLK.view(*microbatch.input_ids_RW.shape, *experts_NLK.shape[1:])
+        return self._context.own(experts_RWLK, fill=-1).flatten(0, 1)
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this rank says what its microbatches are like: of those that share them, one does."""
+        return self._context is None or self._context.rank == 0
+
+    def _of_whole_samples(self, trace: router.RouterTrace, microbatch: Microbatch) -> router.RouterTrace:
+        """The trace of the microbatch's own rows, where it is of those that were computed instead, or of a part of them."""
+        if microbatch.shared is not None:
+            return trace.of_tokens(microbatch.shared.places_N)
+        return trace if self._context is None else self._context.whole_trace(trace, *microbatch.input_ids_RW.shape)
 
     # --- scoring --------------------------------------------------------------------------------------------------
 
@@ -240,14 +263,15 @@ class Learner:
                     router.record_routing(self._routers, trace),
                 ):
                     logprobs_RW, _ = self._logprobs(self._scorer, microbatch, temperature)
-                trace = _of_whole_samples(trace, microbatch)
+                trace = self._of_whole_samples(trace, microbatch)
                 ours.append(logprobs_RW.cpu())
                 for name, values in others.items():
                     values.append(self._logprobs_of(name, microbatch, temperature).cpu())
-                found = compare_microbatch(
-                    microbatch, logprobs_RW, trace, samples, self._routers, near_tie_margin=near_tie_margin
-                )
-                parity, apart = parity + found[0], apart + found[1]
+                if self._speaks:
+                    found = compare_microbatch(
+                        microbatch, logprobs_RW, trace, samples, self._routers, near_tie_margin=near_tie_margin
+                    )
+                    parity, apart = parity + found[0], apart + found[1]
         for model in (self._scorer, *self._frozen.values()):
             learner_parallel.release(model)
         found_of = {name: unpack(values, batch, samples) for name, values in others.items()}
@@ -350,15 +374,10 @@ class Learner:
     def _load_frozen(self, path: str) -> TokenScorer:
         model = load_weights(self._section, path).requires_grad_(False).eval()
         offloaded = self._learner.offload_reference
-        scorer = TokenScorer(model, self._learner.logits_chunk)
+        scorer = TokenScorer(model, self._learner.logits_chunk, self._context)
         if self._learner.parallel == "fsdp":
             learner_parallel.shard(scorer, self._accelerator, self._learner.expert_parallel_size)
         return scorer if offloaded else scorer.to(self._accelerator.device)
-
-
-def _of_whole_samples(trace: router.RouterTrace, microbatch: Microbatch) -> router.RouterTrace:
-    """The trace of the microbatch's own rows, where it is of those that were computed instead."""
-    return trace if microbatch.shared is None else trace.of_tokens(microbatch.shared.places_N)
 
 
 def _accumulate(metrics: dict[str, Metric], sums: Mapping[str, torch.Tensor], denominator: float) -> None:

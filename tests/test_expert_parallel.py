@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 import pytest
 import torch
+from test_learner_parallel import free_port, on_processes
 from test_sampler_layout import recipe
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import DeepseekV3Config, GptOssConfig, Qwen3MoeConfig
@@ -109,12 +107,8 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def found() -> Iterator[dict[tuple[str, str, str, bool], list[dict[str, Any]]]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with ProcessPoolExecutor(RANKS, mp_context=get_context("spawn")) as pool:
-        calls = [pool.submit(divided, rank, port, CASES) for rank in range(RANKS)]
-        ranks = [call.result(timeout=400) for call in calls]
+    port = free_port()
+    ranks = on_processes(RANKS, lambda pool, rank: pool.submit(divided, rank, port, CASES))
     yield {case: [rank[index] for rank in ranks] for index, case in enumerate(CASES)}
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from posttrain.packing import pack
 from posttrain.recipe import AlgorithmSection, GrpoRouterSection, LearnerSection, ModelSection, OptimizerSection
 from tests.oracles.grpo_loss import random_samples, tiny_policy
 
+T = TypeVar("T")
 LENGTHS = [(3, 7), (5, 2), (2, 11), (4, 4), (6, 9), (2, 3)]
 
 
@@ -50,17 +51,17 @@ def make(checkpoint: Path, path: Path | None = None, **section: Any) -> Learner:
 
 def story(checkpoint: Path, out: Path, rank: int, ranks: int, **section: Any) -> dict[str, Any]:
     """Everything a learner is asked for in a run, in turn: gradients, logprobs before and after steps, files, going on."""
-    learner = make(checkpoint, **section)
+    learner, sharing = make(checkpoint, **section), section.get("context_parallel_size", 1)
     samples = random_samples(LENGTHS)
     samples[5] = replace(samples[5], prompt_ids=samples[2].prompt_ids)
     batch = pack(
         samples,
-        world_size=ranks,
+        world_size=ranks // sharing,
         max_tokens_per_microbatch=32,
         row_length=32,
         pad_token_id=0,
         share_prompts=section.get("share_prompts", False),
-    )[rank]
+    )[rank // sharing]
     algorithm = AlgorithmSection(beta=0.05)
     found: dict[str, Any] = {"held": sum(_local(p).numel() for p in learner._model.parameters())}
     before = learner.score(batch, samples, near_tie_margin=1e-5)
@@ -110,12 +111,24 @@ def on_a_rank(rank: int, port: int, path: str, out: str, section: dict[str, Any]
 
 
 def on_ranks(checkpoint: Path, out: Path, **section: Any) -> list[dict[str, Any]]:
-    ranks = section["num_workers"]
+    port = free_port()
+
+    def begin(pool: ProcessPoolExecutor, rank: int) -> Future[dict[str, Any]]:
+        return pool.submit(on_a_rank, rank, port, str(checkpoint), str(out), section)
+
+    return on_processes(section["num_workers"], begin)
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+def on_processes(ranks: int, begin: Callable[[ProcessPoolExecutor, int], Future[T]]) -> list[T]:
+    """What processes of their own return, by rank."""
     with ProcessPoolExecutor(ranks, mp_context=get_context("spawn")) as pool:
-        calls = [pool.submit(on_a_rank, rank, port, str(checkpoint), str(out), section) for rank in range(ranks)]
+        calls = [begin(pool, rank) for rank in range(ranks)]
         return [call.result(timeout=400) for call in calls]
 
 
@@ -125,18 +138,27 @@ def on_ranks(checkpoint: Path, out: Path, **section: Any) -> list[dict[str, Any]
         {"num_workers": 2},
         {"num_workers": 2, "gradient_checkpointing": True, "logits_chunk": 5, "share_prompts": True},
         {"num_workers": 2, "expert_parallel_size": 2, "gradient_checkpointing": True},
-        {"num_workers": 4, "expert_parallel_size": 2},
+        {"num_workers": 2, "context_parallel_size": 2, "gradient_checkpointing": True, "parallel": "ddp"},
+        {"num_workers": 4, "expert_parallel_size": 2, "context_parallel_size": 2},
     ],
-    ids=["plain", "checkpointing, small chunks, prompts in common", "experts divided", "two groups of divided experts"],
+    ids=[
+        "plain",
+        "checkpointing, small chunks, prompts in common",
+        "experts divided",
+        "rows divided",
+        "both divided, twice",
+    ],
 )
 def test_spread_over_ranks_is_one_rank(checkpoint: Path, tmp_path: Path, section: dict[str, Any]) -> None:
     one, many = tmp_path / "one", tmp_path / "many"
     one.mkdir()
     many.mkdir()
     expected = story(checkpoint, one, 0, 1)
-    ranks = on_ranks(checkpoint, many, parallel="fsdp", **section)
-    held = [rank["held"] for rank in ranks]
-    assert sum(held) == expected["held"] and max(held) < 1.2 * expected["held"] / len(ranks)
+    section = {"parallel": "fsdp", **section}
+    ranks = on_ranks(checkpoint, many, **section)
+    if section["parallel"] == "fsdp":
+        held = [rank["held"] for rank in ranks]
+        assert sum(held) == expected["held"] and max(held) < 1.2 * expected["held"] / len(ranks)
     for rank in ranks:
         assert rank["norm"] == ranks[0]["norm"] == pytest.approx(expected["norm"], rel=1e-5)
         for name, gradient in expected["gradients"].items():
@@ -144,7 +166,8 @@ def test_spread_over_ranks_is_one_rank(checkpoint: Path, tmp_path: Path, section
             assert float(gap) <= 1e-5 * max(float(torch.tensor(gradient).norm()), 1e-3 * expected["norm"]), name
     for turn, scores in enumerate(zip(*(rank["scores"] for rank in ranks), strict=True)):
         together = {index: values for found in scores for index, values in found.items()}
-        assert len(together) == sum(map(len, scores)) == len(LENGTHS)
+        # Those that share rows say the same.
+        assert len(together) == sum(map(len, scores)) / section.get("context_parallel_size", 1) == len(LENGTHS)
         for index, values in together.items():
             assert values == pytest.approx(expected["scores"][turn][index], abs=1e-4), (turn, index)
     published = []
@@ -155,7 +178,7 @@ def test_spread_over_ranks_is_one_rank(checkpoint: Path, tmp_path: Path, section
         published.append(found)
         assert found.keys() == wanted.keys() and len(found) == sum(map(len, parts))
         sizes = [sum(tensor.size for tensor in part.values()) for part in parts]
-        assert max(sizes) < 0.75 * sum(sizes)
+        assert section["parallel"] == "ddp" or max(sizes) < 0.75 * sum(sizes)
         for name, tensor in wanted.items():
             assert float(abs(found[name] - tensor).max()) < 2e-4, (turn, name)
     # Once from memory, once after rolling back, once from the files: all the same.

@@ -234,15 +234,17 @@ class _RankGroup:
         return found
 
     def _pack(self, samples: Sequence[Sample]) -> list[TrainBatch]:
-        return pack(
+        sharing = self._section.context_parallel_size
+        batches = pack(
             samples,
-            world_size=self.world_size,
+            world_size=self.world_size // sharing,
             max_tokens_per_microbatch=self._max_tokens,
             row_length=self._section.row_length,
             pad_token_id=0,
             with_experts=self.with_experts,
             share_prompts=self.shares_prompts,
         )
+        return [batch for batch in batches for _ in range(sharing)]
 
 
 class LearnerGroup(_RankGroup):

@@ -15,6 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from posttrain import losses
+from posttrain.context_parallel import ContextParallel, mask_of_rows
 from posttrain.prompt_sharing import SharedRows
 
 
@@ -24,17 +25,23 @@ class TokenScorer(torch.nn.Module):
     Args:
         model: of transformers.
         chunk: positions whose logits are in memory together; None takes the model's own logits of all positions.
+        context: the ranks that share each row with this one; the model is changed to do so.
 
     Raises:
         ValueError: with a chunk, the model's logits are more than its head on its trunk's states.
     """
 
-    def __init__(self, model: Any, chunk: int | None) -> None:
+    def __init__(self, model: Any, chunk: int | None, context: ContextParallel | None = None) -> None:
         super().__init__()
         self.model = model
         self._chunk = chunk
+        self._context = context
+        # Eager attention adds its mask to the scores, and would add True as 1.
+        self._takes_additive_mask = model.config.get_text_config()._attn_implementation == "eager"
         if chunk is not None:
             require_plain_head(model, "set learner.logits_chunk: null, which keeps all logits in memory")
+        if context is not None:
+            context.attach(model)
 
     def forward(
         self,
@@ -58,32 +65,28 @@ class TokenScorer(torch.nn.Module):
             entropy_gradient: let a gradient through the entropy.
             shared: what the model computes instead of these rows; needs a chunk.
         """
-        # No attention mask: transformers then keeps packed samples apart by their position ids.
-        inputs = {"input_ids": input_ids_RW, "position_ids": position_ids_RW, "use_cache": False}
-        if shared is not None:
-            inputs |= {
-                "input_ids": shared.input_ids_QX,
-                "position_ids": shared.position_ids_QX,
-                "attention_mask": shared.attention_mask(additive=self._takes_additive_mask),
-            }
         if self._chunk is None:
-            assert shared is None
+            assert shared is None and self._context is None
             return losses.token_logprobs(
-                self.model(**inputs).logits,
+                self.model(**self._inputs(input_ids_RW, position_ids_RW, shared)).logits,
                 input_ids_RW,
                 temperature,
                 entropy_gradient=entropy_gradient,
                 candidates_RWC=candidates_RWC,
             )
-        hidden = trunk(self.model)(**inputs).last_hidden_state
-        # Position w - 1 predicts token w; a row's first token is never trained.
-        places = mask_RW[:, 1:].nonzero(as_tuple=True)
-        targets_N = input_ids_RW[:, 1:][places]
+        hidden = trunk(self.model)(**self._inputs(input_ids_RW, position_ids_RW, shared)).last_hidden_state
+        # Position w predicts token w + 1; a row's first token is never trained.
+        predicts_RW, next_RW = _next(mask_RW), _next(input_ids_RW)
+        allowed_RWC = None if candidates_RWC is None else _next(candidates_RWC)
+        if self._context is not None:
+            predicts_RW, next_RW = self._context.own(predicts_RW), self._context.own(next_RW)
+            allowed_RWC = None if allowed_RWC is None else self._context.own(allowed_RWC)
+        targets_N = next_RW[predicts_RW]
         if shared is None:
-            states_ND = hidden[:, :-1][places]
+            states_ND = hidden[predicts_RW]
         else:
-            states_ND = hidden.flatten(0, 1)[shared.places_N.view(mask_RW.shape)[:, :-1][places]]
-        allowed = [None] if candidates_RWC is None else candidates_RWC[:, 1:][places].split(self._chunk)
+            states_ND = hidden.flatten(0, 1)[shared.places_N.view(mask_RW.shape)[predicts_RW]]
+        allowed = [None] if allowed_RWC is None else allowed_RWC[predicts_RW].split(self._chunk)
         found = [
             self._of_chunk(states_CD, targets_C, allowed[min(index, len(allowed) - 1)], temperature, entropy_gradient)
             for index, (states_CD, targets_C) in enumerate(
@@ -91,20 +94,36 @@ class TokenScorer(torch.nn.Module):
             )
         ]
         logprobs_RW, entropy_RW = (
-            torch.zeros(mask_RW.shape, device=mask_RW.device).masked_scatter(
-                torch.nn.functional.pad(mask_RW[:, 1:], (1, 0)), torch.cat(values)
-            )
+            torch.zeros(predicts_RW.shape, device=mask_RW.device).masked_scatter(predicts_RW, torch.cat(values))
             for values in zip(*found, strict=True)
         )
         if not len(targets_N):
             # A rank short of work takes part in the backward pass all the same.
             logprobs_RW = logprobs_RW + 0.0 * hidden.sum() + 0.0 * self.model.get_output_embeddings().weight.sum()
-        return logprobs_RW, entropy_RW
+        if self._context is not None:
+            width = mask_RW.shape[1]
+            logprobs_RW, entropy_RW = (self._context.whole(values, width) for values in (logprobs_RW, entropy_RW))
+        return _previous(logprobs_RW), _previous(entropy_RW)
 
-    @property
-    def _takes_additive_mask(self) -> bool:
-        """Eager attention adds its mask to the scores, and would add True as 1."""
-        return bool(self.model.config.get_text_config()._attn_implementation == "eager")
+    def _inputs(
+        self, input_ids_RW: torch.Tensor, position_ids_RW: torch.Tensor, shared: SharedRows | None
+    ) -> dict[str, Any]:
+        """What the model is called with."""
+        if shared is not None:
+            return {
+                "input_ids": shared.input_ids_QX,
+                "position_ids": shared.position_ids_QX,
+                "attention_mask": shared.attention_mask(additive=self._takes_additive_mask),
+                "use_cache": False,
+            }
+        if self._context is not None:
+            own_RB = self._context.own(input_ids_RW)
+            width = own_RB.shape[1] * self._context.size
+            mask = mask_of_rows(position_ids_RW, width, additive=self._takes_additive_mask)
+            positions_RB = self._context.own(position_ids_RW)
+            return {"input_ids": own_RB, "position_ids": positions_RB, "attention_mask": mask, "use_cache": False}
+        # No attention mask: transformers then keeps packed samples apart by their position ids.
+        return {"input_ids": input_ids_RW, "position_ids": position_ids_RW, "use_cache": False}
 
     def _of_chunk(
         self,
@@ -122,6 +141,16 @@ class TokenScorer(torch.nn.Module):
             return scored(states_CD)
         found: tuple[torch.Tensor, torch.Tensor] = checkpoint(scored, states_CD, use_reentrant=False)
         return found
+
+
+def _next(values_RW: torch.Tensor) -> torch.Tensor:
+    """At each place of [R, W, ...] what is at the next one; zeros at the last."""
+    return torch.cat([values_RW[:, 1:], torch.zeros_like(values_RW[:, :1])], dim=1)
+
+
+def _previous(values_RW: torch.Tensor) -> torch.Tensor:
+    """At each place what is at the one before; zeros at the first."""
+    return torch.nn.functional.pad(values_RW[:, :-1], (1, 0))
 
 
 def trunk(model: Any) -> Any:
