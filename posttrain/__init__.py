@@ -34,7 +34,8 @@ The rooms:
                     eval/page/ (the page), eval/plots.py
     engines         sampler.py with request_loop.py, vllm_extension.py, decoding.py (vLLM), layout.py (over several
                     devices) with shared_names.py (in /dev/shm), learner.py (accelerate) with learner_parallel.py (FSDP2),
-                    expert_parallel.py, step_guard.py (steps that must not be taken)
+                    expert_parallel.py, context_parallel.py, collectives.py, step_guard.py (steps that must
+                    not be taken)
     the policy      model/: load, router, balance, mtp (multi-token prediction), lora, upcycle, policy_files, reward_head, fp8,
                     conversion, checkpoint_files, adapter_deltas
     export, serving export.py, export_check.py (both engines agree), model_card.py, serve.py (vLLM's server), quantized.py

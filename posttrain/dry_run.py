@@ -351,7 +351,7 @@ def microbatch_bound(recipe: GrpoRecipe) -> int:
     minibatch = recipe.samples_per_step // recipe.algorithm.num_minibatches
     rows = math.ceil(minibatch / (learner.row_length // recipe.sampler.max_model_len))
     rows_per_microbatch = learner.max_tokens_per_microbatch // learner.row_length
-    return math.ceil(math.ceil(rows / rows_per_microbatch) / learner.num_workers)
+    return math.ceil(math.ceil(rows / rows_per_microbatch) * learner.context_parallel_size / learner.num_workers)
 
 
 def _grpo(recipe: GrpoRecipe) -> list[str]:

@@ -226,6 +226,26 @@ def test_the_plan_of_671b() -> None:
         assert part in said, part
 
 
+def test_the_plan_of_divided_rows() -> None:
+    """Eight ranks share each row of 34,816 tokens: tokens and operations of a rank are an eighth, those of all the same."""
+    whole, part = (v3(f"learner.context_parallel_size={size}") for size in (1, 8))
+    one, eight = (make_plan(recipe, assumed()) for recipe in (whole, part))
+    memory = "Memory of each of 256"
+    for name in ("activations", "tokens on their way"):
+        assert one.value(memory, name) == 8 * eight.value(memory, name), name
+    for name in ("weights", "attention mask", "gathered layers"):
+        assert one.value(memory, name) == eight.value(memory, name), name
+    assert one.value("Operations", "training") == eight.value("Operations", "training")
+    found = [flops(training_of(recipe, assumed()).products()) for recipe in (whole, part)]
+    assert found[0] == pytest.approx(8 * found[1])
+    # Queries and keys of 192, values and what comes of them of 128, for 128 heads in 61 layers, in three passes.
+    swapped = 3 * 4352 * 128 * (2 * 192 + 2 * 128) * 61 * 2 * 7 / 8
+    alone = replace(training_of(part, assumed()), context_parallel=1, rows=1, width=4352)
+    difference = communication(training_of(part, assumed()), 1, 1)[0] - communication(alone, 1, 1)[0]
+    assert difference == pytest.approx(swapped)
+    assert "learner.context_parallel_size" in "\n".join(one.warnings)
+
+
 def test_the_plan_hashes_in_as_many_threads_as_samplers_do() -> None:
     from posttrain.planning import publication
     from posttrain.wire import HASH_THREADS

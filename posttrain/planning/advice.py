@@ -36,11 +36,14 @@ def learner_advice(training: Training, parts: Sequence[Quantity], hardware: Hard
             f"{size(loaded)} of its {size(hardware.host_memory_gb * 1e9)}; place fewer ranks on a node "
             f"(learner.placement: spread, learner.num_cpus), which helps until one copy is too large"
         )
-    if training.width > 16384:
+    if training.width > 16384 and training.context_parallel == 1:
         found.append(
             f"rows of {training.width:,} tokens need a mask of {size(training.width**2 * 3)} and attention over all of it; "
-            f"lower {'learner.row_length' if stage == 'grpo' else 'training.max_length'} to what most samples need "
-            f"(no context parallelism here)"
+            + (
+                "lower learner.row_length to what most samples need, or divide rows over ranks (learner.context_parallel_size)"
+                if stage == "grpo"
+                else "lower training.max_length to what most samples need"
+            )
         )
     return found
 
@@ -64,7 +67,10 @@ def _cure(part: str, training: Training, stage: str) -> str:
             return f"set {'training' if trainer else 'learner'}.gradient_checkpointing: true"
         if trainer:
             return "lower training.per_device_train_batch_size or training.max_length"
-        return "lower learner.max_tokens_per_microbatch (at least row_length), then learner.row_length"
+        return (
+            "lower learner.max_tokens_per_microbatch (at least row_length), then learner.row_length, or raise "
+            "learner.context_parallel_size"
+        )
     if part == "logits":
         return "lower learner.logits_chunk"
     if part == "weights cast to bfloat16":
@@ -124,7 +130,7 @@ def step_advice(recipe: GrpoRecipe, training: Training, batch: Batch, times: Ste
     found = []
     lag = recipe.rollout.max_lag
     step = times.step(overlap=lag > 0, in_flight=recipe.rollout.in_flight_updates)
-    per_round = training.ranks * training.rows
+    per_round = training.ranks * training.rows // training.context_parallel
     if batch.rows_of_minibatch < 0.75 * per_round:
         found.append(
             f"a minibatch makes about {batch.rows_of_minibatch:,.0f} full rows for {per_round:,} places on {training.ranks} "

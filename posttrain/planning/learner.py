@@ -10,7 +10,7 @@ from posttrain.planning.activations import kept_by, layers_of
 from posttrain.planning.hardware import Hardware
 from posttrain.planning.quantities import Quantity, count
 from posttrain.planning.quantities import size as size_of
-from posttrain.planning.work import Product, expert_parameters, flops, forward_products, layer_parameters
+from posttrain.planning.work import Product, expert_parameters, flops, forward_products, key_dim, layer_parameters
 
 _LOGITS_COPIES = 3  # logits, their softmax, their gradient
 
@@ -24,6 +24,7 @@ class Training:
         dtype: of the products: float32 or bfloat16 (then weights stay in float32, and copies are cast).
         ranks: of the group.
         sharded: weights, gradients and optimizer state are spread over the ranks.
+        context_parallel: ranks that share each row.
         expert_parallel: ranks over which a layer's experts are divided; tokens travel to them. Needs `sharded`.
         rows, width: of a microbatch: R rows of W tokens.
         trained_share: of the tokens, those that the loss is taken on.
@@ -54,6 +55,7 @@ class Training:
     scores: bool = False
     accumulates: bool = True
     expert_parallel: int = 1
+    context_parallel: int = 1
 
     @property
     def expert_groups(self) -> int:
@@ -62,8 +64,8 @@ class Training:
 
     @property
     def tokens(self) -> int:
-        """Of a microbatch, padding included."""
-        return self.rows * self.width
+        """Of a microbatch, padding included, that the rank computes."""
+        return self.rows * self.width // self.context_parallel
 
     @property
     def share(self) -> int:
@@ -79,8 +81,9 @@ class Training:
         return self.shape.parameters if self.trained is None else self.trained
 
     def products(self) -> list[Product]:
-        """Of one forward pass over a microbatch."""
-        return forward_products(self.shape, self.rows, self.width, round(self.tokens * self.trained_share))
+        """Of one forward pass over a microbatch: of each row, the rank has a part of the tokens or of the heads."""
+        rows = self.rows / self.context_parallel
+        return forward_products(self.shape, rows, self.width, round(self.tokens * self.trained_share))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -319,6 +322,15 @@ def communication(training: Training, microbatches: float, optimizer_steps: floa
     """Bytes that a rank sends for a step's gradients and weights, and how they are counted."""
     if training.ranks == 1:
         return 0.0, "one rank"
+    sent, how = _weights_sent(training, microbatches, optimizer_steps)
+    if training.context_parallel > 1:
+        swapped = _swapped_bytes(training) * microbatches
+        sent, how = sent + swapped, f"{how} + {size_of(swapped)} of rows swapped for heads"
+    return sent, how
+
+
+def _weights_sent(training: Training, microbatches: float, optimizer_steps: float) -> tuple[float, str]:
+    """With FSDP2 gathered and scattered for each microbatch, tokens on their way to experts included; with DDP summed."""
     parameters, share = training.shape.parameters, (training.ranks - 1) / training.ranks
     if training.sharded:
         moved, travelling = parameters * share, 0.0
@@ -332,6 +344,15 @@ def communication(training: Training, microbatches: float, optimizer_steps: floa
         return sent, f"{microbatches:g} microbatches x 3 (gather forward, gather backward, scatter gradients) x {what}"
     sent = 2 * 4 * training.trained_parameters * share * optimizer_steps
     return sent, f"{optimizer_steps:g} optimizer steps x 2 (ring all-reduce) x {count(training.trained_parameters)} x 4"
+
+
+def _swapped_bytes(training: Training) -> float:
+    """Queries, keys and values of a microbatch to the ranks of their heads, and what attention makes of them back."""
+    shape = training.shape
+    times = 3 if training.checkpointing else 2  # passes
+    numbers = shape.num_attention_heads * (2 * key_dim(shape) + 2 * shape.head_dim) * shape.num_hidden_layers
+    share = (training.context_parallel - 1) / training.context_parallel
+    return times * training.tokens * numbers * training.width_bytes * share
 
 
 def _travelling_bytes(training: Training) -> float:

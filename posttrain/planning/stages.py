@@ -100,6 +100,7 @@ def _grpo(recipe: GrpoRecipe, assumed: Assumptions) -> Training:
         ranks=learner.num_workers,
         sharded=learner.parallel == "fsdp",
         expert_parallel=learner.expert_parallel_size,
+        context_parallel=learner.context_parallel_size,
         rows=max(1, learner.max_tokens_per_microbatch // learner.row_length),
         width=learner.row_length,
         trained_share=lengths.mean / (lengths.mean + assumed.prompt_tokens),

@@ -20,7 +20,7 @@ class Product:
     rows: float
     inner: int
     outer: float
-    times: int
+    times: float
 
     @property
     def flops(self) -> float:
@@ -32,12 +32,12 @@ class Product:
         return self.group != "scores"
 
 
-def forward_products(shape: Architecture, rows: int, width: int, trained_tokens: int) -> list[Product]:
+def forward_products(shape: Architecture, rows: float, width: int, trained_tokens: int) -> list[Product]:
     """All products of one pass over R rows of W tokens.
 
     Args:
         shape: of the model.
-        rows, width: R and W.
+        rows, width: R and W; a rank that shares rows has a part of one.
         trained_tokens: tokens that the head is asked for.
     """
     tokens = rows * width
@@ -64,7 +64,7 @@ def forward_products(shape: Architecture, rows: int, width: int, trained_tokens:
     return [product for product in found if product.times]
 
 
-def _attention(shape: Architecture, tokens: int, layers: int) -> list[Product]:
+def _attention(shape: Architecture, tokens: float, layers: int) -> list[Product]:
     hidden, heads = shape.hidden_size, shape.num_attention_heads
     sizes: list[tuple[int, int]]
     if shape.model_type == "deepseek_v3":
@@ -82,7 +82,7 @@ def _attention(shape: Architecture, tokens: int, layers: int) -> list[Product]:
     return [Product("attention", tokens, inner, outer, layers) for inner, outer in sizes]
 
 
-def _mlp(group: str, tokens: int, hidden: int, width: int, layers: int) -> list[Product]:
+def _mlp(group: str, tokens: float, hidden: int, width: int, layers: int) -> list[Product]:
     if not layers:
         return []
     return [Product(group, tokens, hidden, width, 2 * layers), Product(group, tokens, width, hidden, layers)]
