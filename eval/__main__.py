@@ -28,11 +28,12 @@ from eval.samplers import Stream, checkpoint_workers, from_endpoint, from_pool
 from eval.suite import EvalResult, eval_prompts, evaluate
 from eval.tables import show
 from posttrain.cli import run_stage
+from posttrain.disk import write_atomically
 from posttrain.episodes import episodes
 from posttrain.progress import paths_written
 from posttrain.recipe import EvalRecipe, RecipeError
 from posttrain.recipe_file import dump_recipe
-from posttrain.run_dir import RunDir, write_atomically
+from posttrain.run_dir import RunDir
 from posttrain.types import Prompt
 
 OWN = "eval"  # the suite of the recipe's datasets

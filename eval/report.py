@@ -18,7 +18,7 @@ from typing import Any
 from eval.report_page import render
 from eval.report_run import read_run, stage_directories
 from eval.report_samples import Budget, SampleBlock, other_files, read_samples, sample_files
-from posttrain.run_dir import write_atomically
+from posttrain.disk import write_atomically
 
 
 def write_report(run_dir: Path, budget: Budget | None = None) -> Path:

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from posttrain.disk import write_atomically
 from posttrain.log_file import append_lines
 from posttrain.metrics import Metric, lines_until
 from posttrain.recipe import AuditSection
 from posttrain.reward_pool import Scored
-from posttrain.run_dir import write_atomically
 from posttrain.types import Completion, Group, Prompt
 from rewards.extract import split_answer
 

@@ -20,12 +20,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.disk import write_atomically
 from posttrain.flight_recorder import CRASH, record
 from posttrain.metrics import Metric
 from posttrain.recipe import AlgorithmSection, GrpoRecipe
 from posttrain.recipe_file import recipe_tree
 from posttrain.redaction import redact
-from posttrain.run_dir import package_versions, write_atomically
+from posttrain.run_dir import package_versions
 from posttrain.types import Sample
 
 if TYPE_CHECKING:

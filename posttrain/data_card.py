@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from data.clean import EXAMPLES
+from posttrain.disk import write_atomically
 from posttrain.distill_data import Problem
 from posttrain.distill_output import RowWriter, sha256
-from posttrain.run_dir import write_atomically
 from posttrain.selection import REASONS, Answer, Funnel
 
 if TYPE_CHECKING:

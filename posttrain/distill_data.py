@@ -12,9 +12,9 @@ from data.answers import sft_messages
 from data.clean import Decontaminator, Deduplicator, Example
 from data.mixture import check_unique
 from data.records import Record
+from posttrain.disk import write_atomically
 from posttrain.recipe import DistillRecipe
 from posttrain.records import EVAL_SEED, evaluation_records, load_records
-from posttrain.run_dir import write_atomically
 from posttrain.types import Message
 
 

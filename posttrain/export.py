@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.cli import QUIET
+from posttrain.disk import write_atomically
 from posttrain.errors import RunStopped
-from posttrain.run_dir import write_atomically
 
 if TYPE_CHECKING:
     from posttrain.model.checkpoint_files import CheckpointFiles, TensorInfo

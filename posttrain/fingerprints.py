@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.disk import write_atomically
 from posttrain.recipe import Recipe
 from posttrain.recipe_file import recipe_tree
-from posttrain.run_dir import write_atomically
 from posttrain.stage_inputs import Input, neutral
 
 CACHE = "digests.json"  # in the pipeline's run directory

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from posttrain.disk import write_atomically
 from posttrain.redaction import redact
 
 LOGS = "logs"
@@ -56,8 +57,6 @@ class FlightRecorder:
 
     def write(self, path: Path, error: BaseException) -> None:
         """Write the flight record, whole or not at all. Secrets are taken out."""
-        from posttrain.run_dir import write_atomically
-
         record = {
             "error": type(error).__name__,
             "message": str(error)[: 10 * LONGEST],

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from posttrain.disk import write_atomically
 from posttrain.errors import RunStopped
-from posttrain.run_dir import write_atomically
 
 
 class Journal:

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.tree import Tree
 
+from posttrain.disk import write_atomically
 from posttrain.fingerprints import Digests, tree_digest
 from posttrain.pipeline_graph import Stage, needed_by
 from posttrain.pipeline_progress import clock
-from posttrain.run_dir import write_atomically
 from posttrain.stage_inputs import RUN_DIR
 from posttrain.stage_records import StageRecord, read_record
 

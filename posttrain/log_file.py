@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from posttrain import disk
-from posttrain.run_dir import write_atomically
 
 
 class LogFile:
@@ -21,7 +20,7 @@ class LogFile:
     def __init__(self, path: Path, kept: Sequence[str] = ()) -> None:
         self._path = path
         self._waiting: list[str] = []
-        write_atomically(path, "".join(kept))
+        disk.write_atomically(path, "".join(kept))
 
     def append(self, line: str) -> None:
         """Write a line, given without its newline."""

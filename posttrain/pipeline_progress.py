@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from posttrain.disk import write_atomically
 from posttrain.pipeline_graph import Stage
 from posttrain.recipe import Recipe
-from posttrain.run_dir import write_atomically
 
 TIMINGS = "timings.json"  # in the pipeline's run directory; it outlives what is put aside
 LINE_SECONDS = 60.0

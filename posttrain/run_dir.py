@@ -24,20 +24,6 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "r
 MOST_WAITING = 100  # files of samples that a full disk keeps in memory
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, sees the old content or the new, never half."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 class RunDir:
     """Makes the directory and knows the names in it."""
 
@@ -49,7 +35,7 @@ class RunDir:
 
     def write_recipe(self, text: str) -> None:
         """The resolved recipe, enough to run again."""
-        write_atomically(self.path / "recipe.yaml", text)
+        disk.write_atomically(self.path / "recipe.yaml", text)
 
     def write_environment(self, seed: int, *, nodes: Mapping[str, Sequence[str]] | None = None) -> None:
         """What the run runs on.
@@ -68,11 +54,11 @@ class RunDir:
             "seed": seed,
             **({"nodes": {role: list(found) for role, found in nodes.items()}} if nodes else {}),
         }
-        write_atomically(self.path / "environment.json", json.dumps(environment, indent=2))
+        disk.write_atomically(self.path / "environment.json", json.dumps(environment, indent=2))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """summary.json: what came of the run."""
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2))
+        disk.write_atomically(self.path / "summary.json", json.dumps(summary, indent=2))
 
     def write_samples(
         self,
@@ -109,7 +95,7 @@ class RunDir:
         self.write_rows(f"eval-{name}", result.rows)
         found = result.to_dict()
         try:
-            write_atomically(self._evaluation(name), json.dumps(found))
+            disk.write_atomically(self._evaluation(name), json.dumps(found))
         except OSError as error:
             if not disk.is_full(error):
                 raise

@@ -20,6 +20,7 @@ from trl import SFTConfig
 from data.records import Record
 from data.templates import set_chat_template
 from posttrain import checkpoint, preflight, preflight_view, sft_data
+from posttrain.disk import write_atomically
 from posttrain.distillation import require_same_vocabulary
 from posttrain.errors import RunStopped
 from posttrain.learner_parallel import load_weights
@@ -31,7 +32,7 @@ from posttrain.model.policy_files import PolicyFiles
 from posttrain.model.router import find_routers
 from posttrain.recipe import SftRecipe
 from posttrain.records import data_errors, load_chats, stream_chats, validation_split
-from posttrain.run_dir import RunDir, write_atomically
+from posttrain.run_dir import RunDir
 from posttrain.sft_callbacks import EarlyStopping, EndStep
 from posttrain.sft_data import Cursor, PackedStream, RowCounts, RowMaker
 from posttrain.sft_trainer import PolicyTrainer

@@ -15,10 +15,10 @@ from typing import Literal
 
 from posttrain import checkpoint
 from posttrain.cli import STAGE_OPTIONS
+from posttrain.disk import write_atomically
 from posttrain.fingerprints import LOGS, Change, Digests, Snapshot, changes, take_snapshot, tree_digest
 from posttrain.pipeline_graph import RECORD, Stage
 from posttrain.recipe_file import dump_recipe
-from posttrain.run_dir import write_atomically
 from posttrain.stage_inputs import Input
 
 Action = Literal["finished", "taken back", "resumed", "started", "started anew"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.reproduction.page import page
 from benchmarks.reproduction.plots import draw_all
 from benchmarks.reproduction.tables import all_tables
-from posttrain.run_dir import write_atomically
+from posttrain.disk import write_atomically
 
 RECIPE = "recipes/tiny/r1.yaml"
 

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
+from posttrain.disk import write_atomically
 from posttrain.model.mtp_files import tensor_files
-from posttrain.run_dir import write_atomically
 
 DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,

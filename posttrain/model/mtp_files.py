@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from posttrain.run_dir import write_atomically
+from posttrain.disk import write_atomically
 
 MTP_FILE = "model-mtp.safetensors"
 

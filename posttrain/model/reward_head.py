@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from posttrain.disk import write_atomically
 from posttrain.model.load import require_loadable, save_policy, set_experts_implementation
-from posttrain.run_dir import write_atomically
 from rewards.learned import NORMALIZATION
 
 
