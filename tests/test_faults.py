@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,12 @@ def prompt(text: str) -> Prompt:
 
 def processes(name: str) -> list[psutil.Process]:
     """Of this test's own Ray, the oldest first."""
-    found = [p for p in psutil.Process().children(recursive=True) if name in " ".join(p.cmdline())]
-    return sorted(found, key=lambda process: process.create_time())
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # those that have ended just now, too
+            if name in " ".join(process.cmdline()):
+                found.append((process.create_time(), process))
+    return [process for _, process in sorted(found, key=lambda pair: pair[0])]
 
 
 def tokens(groups: list[list[Completion]]) -> list[list[tuple[int, ...]]]:

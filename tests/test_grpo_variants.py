@@ -91,3 +91,31 @@ def test_adapters_are_published_merged_and_a_resumed_run_repeats_an_unbroken_one
     expected, found = (load_file(out / "checkpoints" / "latest" / "model.safetensors") for out in (whole, broken))
     assert expected.keys() == found.keys()
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_experts_and_rows_divided_over_two_ranks_are_published_and_make_the_run_of_one(
+    recipe: Path, tmp_path: Path
+) -> None:
+    settings = ["rollout.request_seeds=true", "algorithm.beta=0.05", "router.bias_update_speed=0.001", "max_steps=2"]
+    divided = (
+        "learner.num_workers=2", "learner.parallel=fsdp", "learner.expert_parallel_size=2", "learner.context_parallel_size=2",
+        "learner.num_threads=1",
+    )  # fmt: skip
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    for out, words in ((alone, ()), (both, divided)):
+        code, output = run("posttrain.grpo", str(recipe), f"output_dir={out}", *settings, *words)
+        assert code == 0, output
+    expected, found = metrics(alone), metrics(both)
+    for line in found:
+        # What each rank gathered and sent is what the sampler uses, and what the learner computes.
+        assert line["publish/canary_gap_max"] < 1e-4 and line["parity/logprob_abs_max"] < 1e-4
+        assert line["publish/megabytes"] == expected[0]["publish/megabytes"]
+    for name in ("reward/mean", "completion/length_mean", "policy/loss", "policy/entropy", "policy/kl_ref"):
+        assert found[0][name] == pytest.approx(expected[0][name], rel=1e-4, abs=1e-6), name
+    assert found[0]["optim/grad_norm"] == pytest.approx(expected[0]["optim/grad_norm"], rel=1e-4)
+    assert [line["router/max_violation"] for line in found] == pytest.approx(
+        [line["router/max_violation"] for line in expected], rel=1e-4
+    )
+    weights, others = (load_file(out / "checkpoints" / "latest" / "model.safetensors") for out in (alone, both))
+    assert weights.keys() == others.keys()
+    assert all(float((tensor - others[name]).abs().max()) < 1e-4 for name, tensor in weights.items())

@@ -83,6 +83,10 @@ def story(checkpoint: Path, out: Path, rank: int, ranks: int, **section: Any) ->
     other.forward_backward(batch, algorithm)
     other.optim_step()
     published.append(copies(other))
+    learner.renew_reference()
+    renewed = learner.score(batch, samples, near_tie_margin=1e-5)
+    assert renewed.logprobs == renewed.ref_logprobs
+    assert "whole_rows" not in (out / "config.json").read_text()
     scores = [{**one.logprobs} for one in (before, after, back)] + [{**before.ref_logprobs}, {**after.ref_logprobs}]
     plain = [{name: tensor.numpy() for name, tensor in one.items()} for one in published]
     return found | {
