@@ -202,13 +202,14 @@ def test_a_sampler_that_is_killed_while_it_starts_interrupts_the_run_and_one_tha
     from posttrain.cluster import SamplerPool
 
     parts.samplers.stop()
+    stopped = processes("_SamplerActor")
     model = ModelSection(model_name_or_path=str(policy_path))
     starting = SamplerPool(model, SamplerSection(max_model_len=256, num_threads=1), 0)
     end = time.monotonic() + 60
-    while not (found := processes("_SamplerActor")):
+    while not (found := [process for process in processes("_SamplerActor") if process not in stopped]):
         assert time.monotonic() < end
         time.sleep(0.1)
-    threading.Timer(0.5, found[-1].kill).start()
+    threading.Timer(0.5, found[0].kill).start()
     with pytest.raises(RunInterrupted, match="a sampler was lost while it started: ActorDiedError.*--resume"):
         starting.wait_until_ready()
     starting.stop()
