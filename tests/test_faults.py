@@ -216,7 +216,7 @@ def test_a_sampler_that_is_killed_while_it_starts_interrupts_the_run_and_one_tha
     broken = SamplerPool(
         ModelSection(model_name_or_path=str(policy_path / "nowhere")), SamplerSection(num_threads=1), 0
     )
-    with pytest.raises(RunStopped, match="a sampler did not start: .*nowhere"):
+    with pytest.raises(RunStopped, match="(?s)a sampler did not start: .*nowhere"):
         broken.wait_until_ready()
     broken.stop()
 
