@@ -13,8 +13,8 @@ processes are there, and it has made three steps with just these. Two slopes are
 and of each process that was at work for a minute and more, of which the mean is given. At the end nothing of the run may be
 alive, and nothing left in /dev/shm.
 
-Faults, ended rounds and readings of memory are appended to files in --directory, and what is there counts: a soak that was
-stopped goes on, without the round that it was in. The last line printed is one JSON object.
+Ended rounds with their faults, and readings of memory, are appended to files in --directory, and what is there counts: a soak
+that was stopped goes on, without the round that it was in. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Memory:
         self.run: Run | None = None
         self._path = path
         # seconds, process -> (what it is, bytes)
-        self.readings: list[tuple[float, dict[str, tuple[str, int]]]] = list(read_lines(path))
+        self.readings: list[tuple[float, dict[str, tuple[str, int]]]] = read_lines(path)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -240,7 +240,7 @@ def main() -> int:
     if options.calm_only:
         return 0
     results = home / "soak.jsonl"
-    ended = [row for row in read_lines(results) if "round" in row]
+    ended = read_lines(results)
     coming: list[str] = []
     before, memory = shared_memory(), Memory(home / "memory.jsonl")
     while (left := options.hours * 3600 - 60 * sum(row["minutes"] for row in ended)) > 0:

@@ -325,7 +325,7 @@ def check_recipe(recipe: Recipe, source: str | Path, *, made_in: Path | None = N
 
 
 def check_devices(recipe: Recipe, source: str | Path) -> None:
-    """Check that the policy can be spread over the devices of a sampler, and its experts over ranks of the learner.
+    """Check that the policy can be spread over the devices of a sampler, and its experts and rows over ranks of the learner.
 
     Raises:
         RecipeError: something of it does not divide by them.

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from posttrain.collectives import AllToAll, Gather
 from posttrain.layout import require_context_groups
 from posttrain.model.router import RouterTrace
+from posttrain.prompt_sharing import added_to_scores
 
 
 class ContextParallel:
@@ -133,6 +134,4 @@ def mask_of_rows(position_ids_RW: torch.Tensor, width: int, *, additive: bool) -
     samples_RX[:, : position_ids_RW.shape[1]] = (position_ids_RW == 0).cumsum(1)
     before_XX = torch.ones(width, width, dtype=torch.bool, device=device).tril()
     seen = (before_XX & (samples_RX[:, :, None] == samples_RX[:, None, :]))[:, None]
-    if not additive:
-        return seen
-    return torch.zeros(seen.shape, device=device).masked_fill(~seen, torch.finfo(torch.float32).min)
+    return added_to_scores(seen) if additive else seen

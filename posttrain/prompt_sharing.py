@@ -53,9 +53,12 @@ class SharedRows:
         own_QXX = self.completions_QX[:, :, None] == self.completions_QX[:, None, :]
         of_prompt_QX = self.completions_QX[:, None, :] == PADDING
         seen = (before_XX & one_family_QXX & (own_QXX | of_prompt_QX))[:, None]
-        if not additive:
-            return seen
-        return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, torch.finfo(torch.float32).min)
+        return added_to_scores(seen) if additive else seen
+
+
+def added_to_scores(seen: torch.Tensor) -> torch.Tensor:
+    """A bool mask as float32 that eager attention adds: nothing where a token is seen, the least number elsewhere."""
+    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, torch.finfo(torch.float32).min)
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,7 @@ def materialises_scores(model: ModelSection, shape: Architecture, hardware: Hard
 
 def _grpo(recipe: GrpoRecipe, assumed: Assumptions) -> Training:
     shape, learner = require_shape(recipe.model), recipe.learner
+    check_layout(recipe.model, None, learner)
     lengths = lengths_of(recipe, assumed)
     lora = recipe.lora
     frozen = int(bool(recipe.algorithm.beta) and lora is None) + int(recipe.teacher is not None)
@@ -150,7 +151,7 @@ def engine_of(recipe: GrpoRecipe, assumed: Assumptions) -> Engine:
         RecipeError: the policy does not divide by a sampler's devices, or they are more than a node has.
     """
     sampler, shape, hardware = recipe.sampler, require_shape(recipe.model), assumed.hardware
-    check_layout(recipe.model, sampler, recipe.learner)
+    check_layout(recipe.model, sampler)
     require_node(sampler.tensor_parallel_size, hardware.gpus_per_node)
     dtype = sampler.dtype or recipe.model.dtype
     engine = Engine(
