@@ -64,7 +64,8 @@ class Fleet:
         self._changed = threading.Condition()
         # By number. A place in the fleet has one number after the other.
         self._live: dict[int, Any] = {}  # that hold weights, or are being given them
-        self._newcomers: dict[int, Any] = {}  # started, and without the current weights
+        self._starting: dict[int, Any] = {}  # in the place of a lost one
+        self._newcomers: set[int] = set()  # of these, that have started and wait for a publication's weights
         self._place: dict[int, int] = {}
         self._health: dict[int, Health] = {}
         self._calls: dict[int, set[Future[Any]]] = {}
@@ -198,13 +199,14 @@ class Fleet:
     def _recipients(self) -> list[int]:
         with self._changed:
             self._changed.wait_for(lambda: self._live or self._newcomers or not self._coming or self._closed.is_set())
-            for number in list(self._newcomers):
+            for number in tuple(self._newcomers):
                 self._enlist(number)
             return list(self._live) or self._fail()
 
     def _enlist(self, number: int) -> None:
         """A newcomer is one of the samplers. Under the lock."""
-        self._live[number] = self._newcomers.pop(number)
+        self._live[number] = self._starting.pop(number)
+        self._newcomers.discard(number)
         self._calls[number] = set()
         self._health[number] = Health(self._section.timeout_seconds, time.monotonic())
         self._coming.discard(self._place[number])
@@ -225,8 +227,9 @@ class Fleet:
             self._changed.notify_all()
 
     def workers(self) -> list[Any]:
+        """Every one that was started and not given up, those that have not proved themselves included."""
         with self._changed:
-            return [*self._live.values(), *self._newcomers.values()]
+            return [*self._live.values(), *self._starting.values()]
 
     def _look_after(self) -> None:
         last = time.monotonic()
@@ -308,17 +311,23 @@ class Fleet:
     def _replace(self, worker: Any, place: int) -> None:
         """End a lost worker and start others, until one has proved itself or no more may be started."""
         start = time.monotonic()
-        while not self._closed.is_set():
+        while True:
             self._workers.end(worker)
-            number = next(self._numbers)
-            worker = self._workers.start(number, place, replaces=True)
+            with self._changed:  # so that whoever closes the fleet finds this worker, or none is started
+                if self._closed.is_set():
+                    return
+                number = next(self._numbers)
+                worker = self._starting[number] = self._workers.start(number, place, replaces=True)
             try:
                 self._workers.call(worker, "ready").result(self._section.start_timeout_seconds)
                 self._welcome(number, place, worker)
             except Exception as error:  # whatever keeps an engine from starting
                 with self._changed:
-                    self._newcomers.pop(number, None)
-                    again = not self._closed.is_set() and self._may_restart(place)
+                    self._newcomers.discard(number)
+                    self._starting.pop(number, None)
+                    if self._closed.is_set():  # it was ended with the fleet
+                        return
+                    again = self._may_restart(place)
                     self._last_loss = f"sampler {number} did not start: {type(error).__name__}: {error}"
                 self._report("sampler_not_started", self._last_loss, sampler=number)
                 if not again:
@@ -339,7 +348,7 @@ class Fleet:
         """
         with self._changed:
             self._place[number] = place
-            self._newcomers[number] = worker
+            self._newcomers.add(number)
             self._changed.notify_all()
             self._changed.wait_for(
                 lambda: number not in self._newcomers or not self._transferring or self._closed.is_set()
@@ -352,7 +361,7 @@ class Fleet:
                 self._enlist(number)
                 self._admitted.append(number)
                 return
-            del self._newcomers[number]  # else a publication might come for it
+            self._newcomers.remove(number)  # else a publication might come for it
             self._welcoming += 1
         valid = False
         try:
@@ -368,7 +377,6 @@ class Fleet:
             with self._changed:
                 self._welcoming -= 1
                 if valid:
-                    self._newcomers[number] = worker
                     self._enlist(number)
                     self._admitted.append(number)
                 self._changed.notify_all()

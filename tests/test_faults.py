@@ -201,12 +201,15 @@ def test_a_sampler_that_is_killed_while_it_starts_interrupts_the_run_and_one_tha
 ) -> None:
     from posttrain.cluster import SamplerPool
 
-    parts.samplers.stop()
-    stopped = processes("_SamplerActor")
+    parts.samplers.stop()  # one of them is starting, in the place of the hung one
+    end = time.monotonic() + 60
+    while processes("_SamplerActor"):
+        assert time.monotonic() < end, processes("_SamplerActor")
+        time.sleep(0.1)
     model = ModelSection(model_name_or_path=str(policy_path))
     starting = SamplerPool(model, SamplerSection(max_model_len=256, num_threads=1), 0)
     end = time.monotonic() + 60
-    while not (found := [process for process in processes("_SamplerActor") if process not in stopped]):
+    while not (found := processes("_SamplerActor")):
         assert time.monotonic() < end
         time.sleep(0.1)
     threading.Timer(0.5, found[0].kill).start()

@@ -40,7 +40,7 @@ class Workers:
     def __init__(self) -> None:
         self.all: list[Worker] = []
         self.start_error: Exception | None = None
-        self.hold_loads: threading.Event | None = None
+        self.start_slowly = False
 
     def start(self, number: int, place: int, *, replaces: bool) -> Worker:
         self.all.append(Worker(number, replaces))
@@ -57,6 +57,8 @@ class Workers:
             answer.set_result(Pulse(bool(worker.open), worker.steps, worker.steps, 8 * worker.steps))
         elif method == "ready" and self.start_error:
             answer.set_exception(self.start_error)
+        elif method == "ready" and self.start_slowly:
+            worker.open.append(answer)
         elif method == "load_weights":
             worker.loaded.append(arguments[0].version)
             answer.set_result(f"{worker.number} holds {arguments[0].version}")
@@ -188,6 +190,19 @@ def test_an_engine_that_does_not_start_is_tried_again(made: Any) -> None:
     wait_for(lambda: len(workers.all) >= 4)
     assert fleet.restarts <= 3 and fleet.serving() == [1]
     wait_for(lambda: all(worker.ended for worker in workers.all if worker.number != 1))
+
+
+def test_whoever_ends_the_fleet_hears_of_one_that_is_starting_and_none_is_started_after_that(made: Any) -> None:
+    fleet, workers = made(max_restarts=3)
+    publish(fleet, 1)
+    workers.start_slowly = True
+    workers.kill(0)
+    wait_for(lambda: len(workers.all) == 3)
+    fleet.close()
+    assert {worker.number for worker in fleet.workers()} == {1, 2}
+    workers.kill(2)
+    wait_for(lambda: not [thread for thread in threading.enumerate() if thread.name == "replaces-sampler-0"])
+    assert len(workers.all) == 3 and [worker.number for worker in fleet.workers()] == [1]
 
 
 def test_a_publication_takes_newcomers_along_and_waits_for_one_if_it_must(made: Any) -> None:
