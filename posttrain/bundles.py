@@ -165,6 +165,7 @@ def _save_policy(job: GrpoJob, path: Path) -> bool:
     path.mkdir()
     job.learner.save(str(path.resolve()))
     (path / "trainer_state.pt").unlink(missing_ok=True)  # the optimizer has no part in loss and gradient
+    shutil.rmtree(path / "optimizer", ignore_errors=True)
     return True
 
 

@@ -1,12 +1,16 @@
-"""Collective calls with a gradient: rows to other ranks and back, and parts of a whole to everyone."""
+"""Collective calls: with a gradient, rows to other ranks and back, and parts of a whole to everyone; errors to everyone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from posttrain.disk import is_full
 
 
 class AllToAll(torch.autograd.Function):
@@ -53,3 +57,28 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradients[0].narrow(1, ctx.rank * ctx.width, ctx.width), None
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """Leave the block on all ranks or on none: an error of one is raised on the others too. Collective.
+
+    What the block itself asks of all ranks must be done before it raises.
+
+    Raises:
+        OSError: another rank failed; with the number of a full disk if that was it.
+    """
+    trouble: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        trouble = error
+    found: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(
+        found, None if trouble is None else (is_full(trouble), f"{type(trouble).__name__}: {trouble}")
+    )
+    if trouble is not None:
+        raise trouble
+    for rank, failure in enumerate(found):
+        if failure is not None:
+            raise OSError(errno.ENOSPC if failure[0] else errno.EIO, f"rank {rank} failed: {failure[1]}")

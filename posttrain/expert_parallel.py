@@ -3,7 +3,8 @@
 FSDP2 alone brings all experts of a layer to every rank, for DeepSeek-V3 45 GiB in float32, and does so for each microbatch.
 Here a group of P ranks divides the experts of each layer; a token's state goes to the ranks of the experts that its router
 chose (all-to-all), is multiplied there by the module's own kernels, and comes back to be weighted and summed. With more ranks
-than P, rank r of each group holds the same experts, spread over these ranks by FSDP2 along the second dimension.
+than P, rank r of each group holds the same experts, spread over these ranks by FSDP2 along the last dimension: in the second,
+gate and up of an expert are joined, which are read from a checkpoint one by one.
 
 An expert sees the tokens of its whole group, so its gradient is a sum over these ranks where the other weights' is an average:
 it is divided by P on its way to the weights.
@@ -64,16 +65,16 @@ def spread(model: torch.nn.Module, mesh: DeviceMesh) -> set[torch.nn.Parameter]:
             setattr(module, name, torch.nn.Parameter(part, requires_grad=whole.requires_grad))
         module.forward = _Travel(module, mesh.get_group(1), size)
         if groups > 1:
-            fully_shard(module, mesh=mesh[mesh.mesh_dim_names[0]], shard_placement_fn=lambda _: Shard(1))  # type: ignore[index]
+            fully_shard(module, mesh=mesh[mesh.mesh_dim_names[0]], shard_placement_fn=lambda p: Shard(p.ndim - 1))  # type: ignore[index]
     return {tensor for module in modules for tensor in module.parameters()}
 
 
 def _require_even(module: Any, groups: int) -> None:
     for name, tensor in module.named_parameters(recurse=False):
-        if tensor.shape[1] % groups:
+        if tensor.shape[-1] % groups:
             raise ValueError(
-                f"learner.num_workers / learner.expert_parallel_size = {groups}: so many ranks share the second dimension of "
-                f"{name}, {tensor.shape[1]}, which is no multiple of them; raise expert_parallel_size or lower num_workers"
+                f"learner.num_workers / learner.expert_parallel_size = {groups}: so many ranks share the last dimension of "
+                f"{name}, {tensor.shape[-1]}, which is no multiple of them; raise expert_parallel_size or lower num_workers"
             )
 
 

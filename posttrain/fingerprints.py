@@ -24,8 +24,8 @@ from posttrain.stage_inputs import Input, neutral
 
 CACHE = "digests.json"  # in the pipeline's run directory
 TRAINING_STATE = (
-    *("optimizer*.pt", "optimizer*.bin", "scheduler.pt", "rng_state*", "scaler.pt", "training_args.bin"),
-    *("trainer_state.json", "trainer_state.pt", "progress.json", "manifest.json", "*.distcp"),
+    *("optimizer*.pt", "optimizer*.bin", "optimizer-*.safetensors", "scheduler.pt", "rng_state*", "scaler.pt"),
+    *("training_args.bin", "trainer_state.json", "trainer_state.pt", "progress.json", "manifest.json", "*.distcp"),
 )
 LOGS = (
     *("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "report.html", "stage.json"),

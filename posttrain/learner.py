@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from posttrain import learner_offload, learner_parallel
+from posttrain import learner_offload, learner_parallel, optimizer_files
+from posttrain.collectives import all_or_none
 from posttrain.context_parallel import ContextParallel
 from posttrain.learner_model import LearnerPolicy, load_weights
 from posttrain.learner_scores import Scores, compare_microbatch
@@ -24,6 +25,7 @@ from posttrain.metrics import Metric
 from posttrain.model import load, router
 from posttrain.model.balance import RouterBalance
 from posttrain.model.replay import replay_routing
+from posttrain.model.spread_files import fill
 from posttrain.model.token_scorer import TokenScorer
 from posttrain.objective import denominator, objective
 from posttrain.optimizer import decay_groups, schedule, set_hyperparameters
@@ -76,8 +78,14 @@ class Learner:
         self._section = model
         # `origin` and not the checkpoint to go on from, which may be deleted meanwhile.
         origin = origin or model.model_name_or_path
+        self._is_spread = learner.parallel == "fsdp"
         self._policy = LearnerPolicy(
-            model, origin, lora, seed=seed, gradient_checkpointing=learner.gradient_checkpointing
+            model,
+            origin,
+            lora,
+            seed=seed,
+            gradient_checkpointing=learner.gradient_checkpointing,
+            spread=self._is_spread,
         )
         self._model = self._policy.model
         size, ranks = learner.context_parallel_size, self._accelerator.num_processes
@@ -100,8 +108,11 @@ class Learner:
         if learner.share_prompts:
             require_shareable(self._model)
         self._scorer = TokenScorer(self._model, learner.logits_chunk, self._context)
-        if learner.parallel == "fsdp":
+        if self._is_spread:
             learner_parallel.shard(self._scorer, self._accelerator, learner.expert_parallel_size)
+            self._policy.fill(self._accelerator.device)
+            self._scorer.require_plain_head()
+            learner_parallel.release(self._scorer)
         raw_optimizer = torch.optim.AdamW(
             decay_groups(self._model, optimizer.weight_decay),
             lr=optimizer.learning_rate,
@@ -312,13 +323,19 @@ class Learner:
             yield from load.checkpoint_tensors(self._model, weights)
 
     def save(self, path: str | Path) -> None:
-        """Write policy and training state into an existing directory, the same files however many ranks there are."""
-        is_main = self.rank == 0
+        """Write policy and training state into an existing directory, for any number of ranks to go on from.
+
+        Where weights are spread each rank writes its part, else the first writes all.
+        """
         # What all ranks take part in comes first: the first rank may find the disk full, and none must wait for it then.
-        optimizer = learner_parallel.optimizer_state(self._optimizer, keep=is_main)
         generators = gather_rng()
-        self._policy.save(path, self._tokenizer, is_main=is_main)
-        if is_main:
+        optimizer, spread = optimizer_files.local_state(self._optimizer)
+        if self._is_spread:
+            with all_or_none():
+                self._policy.write_parts(path, self.rank, self._accelerator.num_processes)
+                optimizer_files.write_part(Path(path), spread, self.rank, self._accelerator.num_processes)
+        if self.rank == 0:
+            self._policy.save(path, self._tokenizer)
             state = {"optimizer": optimizer, "scheduler": self._scheduler.state_dict(), "rng": generators}
             torch.save(state, Path(path) / "trainer_state.pt")
 
@@ -332,8 +349,8 @@ class Learner:
             restore_rng(generators[self.rank])
 
     def _restore_state(self, path: str | Path) -> dict[str, Any]:
-        state = torch.load(Path(path) / "trainer_state.pt", map_location="cpu", weights_only=True)
-        learner_parallel.load_optimizer_state(self._optimizer, state["optimizer"])
+        state = torch.load(Path(path) / "trainer_state.pt", map_location="cpu", weights_only=True, mmap=True)
+        optimizer_files.load_state(self._optimizer, state["optimizer"], Path(path))
         if self._learner.offload_optimizer:
             learner_offload.move_state(self._optimizer, learner_offload.HOME)
         self._scheduler.load_state_dict(state["scheduler"])
@@ -372,12 +389,12 @@ class Learner:
         return {name: learner_parallel.whole(p.grad).clone() for name, p in parameters if p.grad is not None}
 
     def _load_frozen(self, path: str) -> TokenScorer:
-        model = load_weights(self._section, path).requires_grad_(False).eval()
-        offloaded = self._learner.offload_reference
+        model = load_weights(self._section, path, spread=self._is_spread).requires_grad_(False).eval()
         scorer = TokenScorer(model, self._learner.logits_chunk, self._context)
-        if self._learner.parallel == "fsdp":
+        if self._is_spread:
             learner_parallel.shard(scorer, self._accelerator, self._learner.expert_parallel_size)
-        return scorer if offloaded else scorer.to(self._accelerator.device)
+            fill(model, path, self._accelerator.device)
+        return scorer if self._learner.offload_reference else scorer.to(self._accelerator.device)
 
 
 def _accumulate(metrics: dict[str, Metric], sums: Mapping[str, torch.Tensor], denominator: float) -> None:

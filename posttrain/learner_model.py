@@ -10,24 +10,25 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.distributed.tensor import DTensor
 
 from posttrain import learner_parallel
-from posttrain.model import load, lora, mtp
+from posttrain.model import load, lora, mtp, spread_files
 from posttrain.recipe import LoraSection, ModelSection
 
 _LAYER = re.compile(r"(.*?\blayers\.\d+)\.")
 
 
-def load_weights(section: ModelSection, path: str) -> Any:
-    """A causal language model in float32: a bfloat16 weight would swallow small updates."""
-    return load.load_policy(
-        path,
-        dtype="float32",
-        attn_implementation=section.attn_implementation,
-        experts_implementation=section.experts_implementation,
-        trust_remote_code=section.trust_remote_code,
-    )
+def load_weights(section: ModelSection, path: str, *, spread: bool = False) -> Any:
+    """A causal language model in float32: a bfloat16 weight would swallow small updates.
+
+    With `spread` it has no weights yet: it is to be spread over ranks first and then filled (posttrain/model/spread_files.py).
+    """
+    how: dict[str, Any] = {
+        "attn_implementation": section.attn_implementation,
+        "experts_implementation": section.experts_implementation,
+        "trust_remote_code": section.trust_remote_code,
+    }
+    return spread_files.outline(path, **how) if spread else load.load_policy(path, dtype="float32", **how)
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -45,6 +46,7 @@ class LearnerPolicy:
         adapters: None trains all weights.
         seed: of the adapters' start.
         gradient_checkpointing: compute layers again in the backward pass.
+        spread: it is to be spread over ranks, and `fill`ed then.
 
     Raises:
         ValueError: see `posttrain.model.lora.apply_lora`.
@@ -58,11 +60,13 @@ class LearnerPolicy:
         *,
         seed: int,
         gradient_checkpointing: bool,
+        spread: bool,
     ) -> None:
         assert section.model_name_or_path is not None
-        self._section = section
+        self._path = section.model_name_or_path
         self._origin = origin
-        self.model = load_weights(section, section.model_name_or_path if adapters is None else origin)
+        self._is_spread = spread
+        self.model = load_weights(section, self._path if adapters is None else origin, spread=spread)
         self._adapted: PeftModel | None = None
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -80,6 +84,10 @@ class LearnerPolicy:
     def has_adapters(self) -> bool:
         return self._adapted is not None
 
+    def fill(self, device: torch.device) -> None:
+        """Read the weights, each rank its part; once the model is spread."""
+        spread_files.fill(self.model, self._path, device)
+
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
         """The policy as it was before training, for the length of the block; only with adapters, and without gradient."""
@@ -88,44 +96,50 @@ class LearnerPolicy:
             yield
 
     @torch.no_grad()
-    def weights(self, *, keep: bool) -> dict[str, torch.Tensor]:
-        """All weights, adapters merged; nothing where `keep` is false. Collective where they are spread over ranks."""
-        if self._adapted is not None:
-            return lora.merged_weights(self._adapted) if keep else {}
-        return learner_parallel.gather(self.model.state_dict(), keep=keep)
-
-    @torch.no_grad()
     def layers(self, dtype: torch.dtype, rank: int, ranks: int) -> Iterator[dict[str, torch.Tensor]]:
         """All weights a layer at a time, adapters merged, cast to a type but for the router's bias, which is compared.
 
         Where weights are spread over ranks, each gets every `ranks`-th layer and must go through all; else the first gets all.
         """
-        is_spread = any(isinstance(tensor, DTensor) for tensor in self.model.parameters())
-        if rank and not is_spread:
+        if rank and not self._is_spread:
             return
         if self._adapted is not None:
             yield {name: _cast(name, tensor, dtype) for name, tensor in lora.merged_weights(self._adapted).items()}
             return
+        for number, part in enumerate(self._parts()):
+            cast = {name: _cast(name, tensor, dtype) for name, tensor in part.items()}
+            keep = not self._is_spread or rank == number % ranks
+            yield learner_parallel.gather(cast, keep=keep)
+
+    def _parts(self) -> list[dict[str, torch.Tensor]]:
+        """The model's tensors by layer, those outside the layers one by one."""
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in self.model.state_dict().items():
             layer = _LAYER.match(name)
             parts.setdefault(layer[1] if layer else name, {})[name] = tensor
-        for number, part in enumerate(parts.values()):
-            cast = {name: _cast(name, tensor, dtype) for name, tensor in part.items()}
-            keep = not is_spread or rank == number % ranks
-            yield learner_parallel.gather(cast, keep=keep)
+        return list(parts.values())
 
-    def save(self, path: str | Path, tokenizer: Any, *, is_main: bool) -> None:
-        """Write plain weights, and the adapters beside them, into an existing directory. Collective."""
-        weights = self.weights(keep=is_main)
-        if not is_main:
-            return
-        load.save_policy(self.model, tokenizer, path, weights)
+    def write_parts(self, path: str | Path, rank: int, ranks: int) -> None:
+        """Where weights are spread: write the layers that this rank gathers, into a file each. Collective, and before `save`.
+
+        Raises:
+            Exception: what kept this rank from writing, when the others have their layers.
+        """
+        spread_files.write(self.model, Path(path), self.layers(torch.float32, rank, ranks), len(self._parts()))
+
+    def save(self, path: str | Path, tokenizer: Any) -> None:
+        """Write plain weights, and the adapters beside them, into an existing directory; for the first rank."""
+        if self._is_spread:
+            spread_files.write_index(Path(path), len(self._parts()))
+            load.save_config(self.model, tokenizer, path)
+        else:
+            weights = None if self._adapted is None else lora.merged_weights(self._adapted)
+            load.save_policy(self.model, tokenizer, path, weights)
         if self._adapted is not None:
             lora.save_adapter(self._adapted, Path(path) / lora.ADAPTER)
         if mtp.has_mtp(self._origin):
             # Not trained here, but carried along: it goes on drafting for a policy that has moved a little.
-            mtp.copy_mtp(self._origin, self.model, path, weights)
+            mtp.copy_mtp(self._origin, self.model, path)
 
     def restore(self, path: str | Path) -> None:
         """Take what is not loaded at the start from a checkpoint of this run: the adapters.
@@ -145,6 +159,6 @@ class LearnerPolicy:
     def roll_back(self, path: str | Path) -> None:
         """Take the weights of an earlier checkpoint of this run, or its adapters."""
         if self._adapted is None:
-            learner_parallel.load_weights(self.model, load_weights(self._section, str(path)).state_dict())
+            spread_files.fill(self.model, str(path), next(self.model.parameters()).device)
         else:
             self.restore(path)

@@ -110,29 +110,6 @@ def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
     return float(norm)
 
 
-def optimizer_state(optimizer: Any, *, keep: bool) -> dict[str, Any]:
-    """`optimizer.state_dict()` with whole tensors, the same whatever the number of ranks and their layout. Collective."""
-    found = optimizer.state_dict()
-    state = {
-        index: {
-            **{name: value for name, value in values.items() if not isinstance(value, torch.Tensor)},
-            **gather({name: value for name, value in values.items() if isinstance(value, torch.Tensor)}, keep=keep),
-        }
-        for index, values in found["state"].items()
-    }
-    return {**found, "state": state}
-
-
-def load_optimizer_state(optimizer: Any, state: Mapping[str, Any]) -> None:
-    """Put back what `optimizer_state` gave, each rank its part."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    spread = {
-        index: {name: _like(value, parameters[index]) for name, value in values.items()}
-        for index, values in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": spread})
-
-
 @torch.no_grad()
 def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Put whole weights into a model that may be spread over ranks, each rank its part.
@@ -146,14 +123,9 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) ->
             f"weights of another model: {sorted(own.keys() ^ weights.keys())[:2]} are in one of the two only"
         )
     for name, tensor in own.items():
-        tensor.copy_(_like(weights[name], tensor))
-
-
-def _like(value: Any, parameter: torch.Tensor) -> Any:
-    """This rank's part of a whole tensor of the parameter's shape; anything else as it is."""
-    if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
-        return value
-    # Every rank has read the whole tensor, so none need be sent.
-    return distribute_tensor(
-        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-    )
+        whole = weights[name]
+        if isinstance(tensor, DTensor):
+            # Every rank has read the whole tensor, so none need be sent.
+            place = whole.to(tensor.device)
+            whole = distribute_tensor(place, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.copy_(whole)

@@ -150,16 +150,18 @@ class _RankGroup:
         return nodes
 
     def require_shared(self, directory: str) -> None:
-        """Refuse a run directory that the first rank, which writes checkpoints, does not see.
+        """Refuse a run directory that ranks which write checkpoints do not see: the first, or all if weights are spread.
 
         Raises:
             RunStopped: it is on another node, and the directory on a disk of this one.
         """
-        if not get(self._actors[0].sees.remote(directory), self._who):
-            raise RunStopped(
-                f"output_dir: {directory} is not there on the node of the first learner rank, which writes the checkpoints; "
-                f"give a directory on a file system that all nodes share"
-            )
+        writers = self._actors if self._section.parallel == "fsdp" else self._actors[:1]
+        for rank, seen in enumerate(get([actor.sees.remote(directory) for actor in writers], self._who)):
+            if not seen:
+                raise RunStopped(
+                    f"output_dir: {directory} is not there on the node of learner rank {rank}, which writes checkpoints; "
+                    f"give a directory on a file system that all nodes share"
+                )
 
     def optim_step(self) -> dict[str, Metric]:
         """Clip and step on every rank."""

@@ -38,13 +38,12 @@ class RouterBalance:
             for module in routers:
                 module.weight.requires_grad_(False)
         if routers:
-            device = routers[0].weight.device
             shape = (len(routers), routers[0].weight.shape[0])
-            self._step_LE = torch.zeros(shape, device=device)
-            self._seen_LE = torch.zeros(shape, device=device)
-            self._loads_LE = torch.zeros(shape, device=device)
-            self._entropy_L = torch.zeros(len(routers), device=device)
-            self._step_entropy_L = torch.zeros(len(routers), device=device)
+            self._step_LE = torch.zeros(shape)
+            self._seen_LE = torch.zeros(shape)
+            self._loads_LE = torch.zeros(shape)
+            self._entropy_L = torch.zeros(len(routers))
+            self._step_entropy_L = torch.zeros(len(routers))
 
     @property
     def step_counts_LE(self) -> torch.Tensor:
@@ -100,6 +99,7 @@ class RouterBalance:
         if not self.routers:
             return
         if torch.distributed.is_initialized():
+            self._to(self.routers[0].weight.device)  # a rank that observes nothing takes part, too
             torch.distributed.all_reduce(self._step_LE)
         if self._section.bias_update_speed:
             router.update_correction_bias(self.routers, self._step_LE, self._section.bias_update_speed)

@@ -115,16 +115,30 @@ def save_policy(model: Any, tokenizer: Any, path: str | Path, state_dict: dict[s
         path: an existing directory.
         state_dict: all weights, where the model's own are spread over ranks.
     """
+    _complete_config(model)
+    weights = model.state_dict() if state_dict is None else state_dict
+    trunk = {name: tensor for name, tensor in weights.items() if not name.startswith("mtp.")}
+    model.save_pretrained(path, state_dict=trunk)
+    tokenizer.save_pretrained(path)
+
+
+def save_config(model: Any, tokenizer: Any, path: str | Path) -> None:
+    """What `save_policy` writes, but for the weights."""
+    _complete_config(model)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(path)
+    if model.can_generate():
+        model.generation_config.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def _complete_config(model: Any) -> None:
     if model.config.model_type == "deepseek_v3":
         # vLLM chooses the router's correction bias and sigmoid by these two keys, which transformers does not write.
         model.config.topk_method = "noaux_tc"
         model.config.scoring_func = "sigmoid"
         # transformers drops the multi-token-prediction layer on loading, so the checkpoint must not promise it.
         model.config.num_nextn_predict_layers = 0
-    weights = model.state_dict() if state_dict is None else state_dict
-    trunk = {name: tensor for name, tensor in weights.items() if not name.startswith("mtp.")}
-    model.save_pretrained(path, state_dict=trunk)
-    tokenizer.save_pretrained(path)
 
 
 def checkpoint_tensors(

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import DeepseekV3ForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
@@ -300,26 +301,27 @@ def copy_mtp(
     source: str | Path,
     model: DeepseekV3ForCausalLM,
     directory: str | Path,
-    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Carry a checkpoint's module into another checkpoint directory, for stages that do not train it.
 
-    Its tensors stay as they are, but for the copies of embedding and head, which are those of `model`.
+    Its tensors stay as they are, but for the copies of embedding and head, which are those of the saved trunk.
 
     Args:
         source: the checkpoint that has the module.
         model: the trunk.
         directory: of the other checkpoint, which holds the saved trunk.
-        weights: all of the trunk's, where its own are spread over ranks.
 
     Raises:
         ValueError: as `load_mtp` for the source and `save_mtp` for the directory.
     """
     prefix = _prefix(model)
     tensors = dict(read_layer(checkpoint_directory(source), prefix))
-    own = {id(parameter): name for name, parameter in model.named_parameters()}
-    for name, tensor in _shared(model).items():
-        tensors[prefix + name] = (tensor if weights is None else weights[own[id(tensor)]]).detach()
+    trunk = tensor_files(Path(directory))
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    for name, saved in (("embed_tokens.weight", embedding), ("shared_head.head.weight", head)):
+        saved = saved if saved in trunk else embedding  # tied
+        with safe_open(trunk[saved], framework="pt") as file:
+            tensors[prefix + name] = file.get_tensor(saved)
     add_layer(Path(directory), tensors)
 
 

@@ -55,6 +55,14 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     return files
 
 
+def index_files(directory: Path, files: Mapping[str, Path]) -> None:
+    """Write the index that says which of the directory's files holds which tensor."""
+    size = sum(_data_bytes(file) for file in set(files.values()))
+    weight_map = {name: file.name for name, file in sorted(files.items())}
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_atomically(directory / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
 def read_layer(directory: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
     """The module's tensors as the checkpoint has them.
 
@@ -116,10 +124,7 @@ def add_layer(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     # and misses announced ones only when it is asked to draft.
     write_atomically(directory / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
     partial.replace(ours)
-    weight_map = {name: path.name for name, path in trunk.items()} | dict.fromkeys(tensors, MTP_FILE)
-    size = sum(_data_bytes(directory / file) for file in set(weight_map.values()))
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    write_atomically(directory / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    index_files(directory, trunk | dict.fromkeys(tensors, ours))
 
 
 def _apart(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -9,6 +9,7 @@ Shapes: R rows of a packed microbatch, W tokens of a row, D hidden size, V vocab
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,20 +29,39 @@ class TokenScorer(torch.nn.Module):
         context: the ranks that share each row with this one; the model is changed to do so.
 
     Raises:
-        ValueError: with a chunk, the model's logits are more than its head on its trunk's states.
+        ValueError: see `require_plain_head`. A model that has no weights yet is looked at when that is called.
     """
 
     def __init__(self, model: Any, chunk: int | None, context: ContextParallel | None = None) -> None:
         super().__init__()
         self.model = model
         self._chunk = chunk
-        self._context = context
+        self._context: ContextParallel | None = None
+        self._looks_at_head = False
         # Eager attention adds its mask to the scores, and would add True as 1.
         self._takes_additive_mask = model.config.get_text_config()._attn_implementation == "eager"
-        if chunk is not None:
-            require_plain_head(model, "set learner.logits_chunk: null, which keeps all logits in memory")
+        if not next(model.parameters()).is_meta:
+            self.require_plain_head()
         if context is not None:
+            self._context = context
             context.attach(model)
+
+    def require_plain_head(self) -> None:
+        """Compare the model's own logits with those of trunk and head, on a few tokens. Collective where weights are spread.
+
+        Raises:
+            ValueError: with a chunk, the model's logits are more than its head on its trunk's states.
+        """
+
+        def compute(ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            self._looks_at_head = True  # in `forward`, where weights that are spread are gathered
+            found: tuple[torch.Tensor, torch.Tensor] = self(ids, positions, positions > 0, 1.0)
+            self._looks_at_head = False
+            return found
+
+        if self._chunk is not None:
+            cure = "set learner.logits_chunk: null, which keeps all logits in memory"
+            require_plain_head(self.model, cure, compute)
 
     def forward(
         self,
@@ -65,6 +85,8 @@ class TokenScorer(torch.nn.Module):
             entropy_gradient: let a gradient through the entropy.
             shared: what the model computes instead of these rows; needs a chunk.
         """
+        if self._looks_at_head:
+            return _logits_twice(self.model, self._inputs(input_ids_RW, position_ids_RW, None))
         if self._chunk is None:
             assert shared is None and self._context is None
             return losses.token_logprobs(
@@ -158,19 +180,30 @@ def trunk(model: Any) -> Any:
     return getattr(model, model.base_model_prefix)
 
 
+def _logits_twice(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the model, and by its head on its trunk's states."""
+    return model(**inputs).logits, model.get_output_embeddings()(trunk(model)(**inputs).last_hidden_state)
+
+
 @torch.no_grad()
-def require_plain_head(model: Any, cure: str) -> None:
+def require_plain_head(
+    model: Any, cure: str, compute: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+) -> None:
     """Compare the model's own logits with those of trunk and head, on a few tokens.
+
+    Args:
+        model: of transformers.
+        cure: what to do about it.
+        compute: both logits of tokens and their positions, where that takes more than a call of the model.
 
     Raises:
         ValueError: they differ; the message ends with the cure.
     """
-    device = next(model.parameters()).device
-    ids = torch.arange(8, device=device)[None] % model.config.get_text_config().vocab_size
+    positions = torch.arange(8, device=next(model.parameters()).device)[None]
+    ids = positions % model.config.get_text_config().vocab_size
     training = model.training
     model.eval()  # dropout would make any two passes differ
-    own = model(input_ids=ids, use_cache=False).logits
-    split = model.get_output_embeddings()(trunk(model)(input_ids=ids, use_cache=False).last_hidden_state)
+    own, split = compute(ids, positions) if compute else _logits_twice(model, {"input_ids": ids, "use_cache": False})
     model.train(training)
     if not torch.equal(own, split):
         raise ValueError(
