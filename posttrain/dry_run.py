@@ -252,7 +252,7 @@ def _memory(
         else:
             lines.append(f"each learner {size(own * 16)}: weights {one}, gradients {one}, AdamW {size(own * 8)}")
         if shares > 1:
-            lines.append(f"that is its share of {shares}; rank 0 gathers {size(count * 4)} in main memory to save")
+            lines.append(f"that is its share of {shares}, which it reads and writes by itself")
     if beta > 0 and not adapters:
         lines.append(f"its reference {size(count * 4 / shares)}: float32 weights")
     if sampler is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +13,6 @@ from peft import PeftModel
 from posttrain import learner_parallel
 from posttrain.model import load, lora, mtp, spread_files
 from posttrain.recipe import LoraSection, ModelSection
-
-_LAYER = re.compile(r"(.*?\blayers\.\d+)\.")
 
 
 def load_weights(section: ModelSection, path: str, *, spread: bool = False) -> Any:
@@ -113,11 +110,7 @@ class LearnerPolicy:
 
     def _parts(self) -> list[dict[str, torch.Tensor]]:
         """The model's tensors by layer, those outside the layers one by one."""
-        parts: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in self.model.state_dict().items():
-            layer = _LAYER.match(name)
-            parts.setdefault(layer[1] if layer else name, {})[name] = tensor
-        return list(parts.values())
+        return list(spread_files.by_layer(self.model.state_dict()).values())
 
     def write_parts(self, path: str | Path, rank: int, ranks: int) -> None:
         """Where weights are spread: write the layers that this rank gathers, into a file each. Collective, and before `save`.

@@ -165,3 +165,25 @@ def test_a_ray_that_a_busy_machine_does_not_start_in_time_is_tried_again(monkeyp
     monkeypatch.setattr(connection.ray, "init", init)
     with pytest.raises(RunInterrupted, match="within 30 seconds.*--max-restarts"), connection.session(None, 1):
         pass
+
+
+@pytest.mark.parametrize(("busy", "starts"), [(2, 3), (9, 3)])
+def test_a_machine_that_is_too_busy_for_ray_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], busy: int, starts: int
+) -> None:
+    from posttrain.cluster import connection
+
+    tries: list[int] = []
+
+    def init(**_: object) -> None:
+        tries.append(1)
+        if len(tries) <= busy:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(connection.ray, "init", init)
+    if busy < starts:
+        connection._start(1.0)
+    else:
+        with pytest.raises(RunInterrupted, match="3 times: the machine is very busy.*--max-restarts"):
+            connection._start(1.0)
+    assert len(tries) == starts and "start 3 of 3" in capsys.readouterr().err

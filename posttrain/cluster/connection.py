@@ -16,12 +16,14 @@ from typing import Any
 
 import ray
 
+from posttrain.disk import warn
 from posttrain.errors import EXIT_TRY_AGAIN, RunInterrupted, RunStopped
 from posttrain.process_logs import gather, point_to
 from posttrain.ray_network import CLUSTER_SWITCH, LOOPBACK, require_closed
 
 # What has threads of its own that must end before Ray does.
 pools: weakref.WeakSet[Any] = weakref.WeakSet()
+_STARTS = 3
 
 
 @contextmanager
@@ -33,23 +35,32 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-@contextmanager
-def _patient() -> Iterator[None]:
-    """A machine that is too busy for Ray to start within its 30 seconds is no reason to do anything but to try again.
+def _start(num_cpus: float) -> None:
+    """Start a Ray of this process's own. A machine that is too busy for it within Ray's 30 seconds is asked again.
 
     Raises:
-        RunInterrupted: that has happened.
+        RunInterrupted: it never was less busy.
     """
-    try:
-        yield
-    except Exception as error:  # it has no type of its own
-        if "timed out during startup" not in str(error):
-            raise
-        ray.shutdown()
-        raise RunInterrupted(
-            "Ray did not start within 30 seconds: the machine is very busy; try again when it is less so (--max-restarts N "
-            "does that by itself)"
-        ) from error
+    for attempt in range(1, _STARTS + 1):
+        try:
+            ray.init(
+                address="local",  # without it Ray would join any cluster that was ever started on this machine
+                num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.999)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+            )
+            return
+        except Exception as error:  # it has no type of its own
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if attempt == _STARTS:
+                raise RunInterrupted(
+                    f"Ray did not start within 30 seconds, {_STARTS} times: the machine is very busy; try again when it is "
+                    f"less so (--max-restarts N does that by itself)"
+                ) from error
+            warn(f"Ray did not start within 30 seconds: the machine is very busy; start {attempt + 1} of {_STARTS}")
 
 
 @contextmanager
@@ -96,14 +107,8 @@ def session(address: str | None, num_cpus: float, logs: Path | None = None) -> I
         if address:
             ray.init(address=address, log_to_driver=False, logging_level="error")
         else:
-            with _only_this_machine(), _patient():
-                ray.init(
-                    address="local",  # without it Ray would join any cluster that was ever started on this machine
-                    num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.999)),
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level="error",
-                )
+            with _only_this_machine():
+                _start(num_cpus)
     over = threading.Event()
     try:
         _watch_raylet(over)

@@ -7,10 +7,11 @@ has gathered that part, so all ranks must see the directory.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -31,6 +32,9 @@ from posttrain.errors import RunStopped
 from posttrain.model.checkpoint_files import shard_name, write_shard
 from posttrain.model.load import checkpoint_tensors, require_loadable, set_experts_implementation
 from posttrain.model.mtp_files import index_files, tensor_files
+
+T = TypeVar("T")
+_LAYER = re.compile(r"(.*?\blayers\.\d+)\.")
 
 
 def outline(path: str, *, attn_implementation: str, experts_implementation: str, trust_remote_code: bool) -> Any:
@@ -78,18 +82,19 @@ def fill(model: Any, path: str, device: torch.device) -> None:
             file: stack.enter_context(safe_open(file, framework="pt", backend="pread"))
             for file in sorted(set(tensor_files(directory).values()))
         }
-        slices = {name: opened[file].get_slice(name) for name, file in tensor_files(directory).items()}
-        found, _ = convert_and_load_state_dict_in_model(
-            model,
-            slices,
-            LoadStateDictConfig(dtype=torch.float32, device_map={"": device}, weight_mapping=mapping),
-        )
-    if not any(tensor.is_meta for tensor in held.values()):
-        _put_back(model, held)
+        wrong: list[str] = []
+        # A layer at a time: transformers reads ahead of what it puts together.
+        for names in by_layer(tensor_files(directory)).values():
+            found, _ = convert_and_load_state_dict_in_model(
+                model,
+                {name: opened[file].get_slice(name) for name, file in names.items()},
+                LoadStateDictConfig(dtype=torch.float32, device_map={"": device}, weight_mapping=mapping),
+            )
+            wrong += [*map(str, found.mismatched_keys), *found.conversion_errors]
+            _put_back(model, held)
     model.tie_weights()
-    empty = sorted(name for name, tensor in _tensors(model) if tensor.is_meta)
-    if empty or found.mismatched_keys or found.conversion_errors:
-        wrong = empty or sorted(map(str, found.mismatched_keys)) or sorted(found.conversion_errors)
+    wrong += [name for name, tensor in _tensors(model) if tensor.is_meta]
+    if wrong:
         raise ValueError(
             f"{path} does not have all weights of a {type(model).__name__}, or in other shapes: {wrong[:3]}"
         )
@@ -140,6 +145,15 @@ def write_index(directory: Path, count: int) -> None:
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 
+def by_layer(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """What is named like a model's tensors, by layer; what is in none, by itself."""
+    parts: dict[str, dict[str, T]] = {}
+    for name, value in named.items():
+        layer = _LAYER.match(name)
+        parts.setdefault(layer[1] if layer else name, {})[name] = value
+    return parts
+
+
 def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers by name; tied ones once."""
     yield from model.named_parameters()
@@ -149,6 +163,8 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _put_back(model: Any, held: Mapping[str, torch.Tensor]) -> None:
     """Let a model keep its tensors, which an optimizer knows, with the values of those that have taken their place."""
     for name, tensor in held.items():
+        if tensor.is_meta:  # it had none
+            continue
         where, _, last = name.rpartition(".")
         module = model.get_submodule(where)
         new = getattr(module, last)

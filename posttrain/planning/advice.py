@@ -30,7 +30,8 @@ def learner_advice(training: Training, parts: Sequence[Quantity], hardware: Hard
             found.append(f"gathered weights alone take {size(gathered)}: {_cure('gathered layers', training, stage)}")
     copies = min(training.ranks, hardware.gpus_per_node)
     loaded = 4.0 * training.shape.parameters * copies
-    if loaded > hardware.host_memory_gb * 1e9:
+    in_parts = stage == "grpo" and training.sharded  # each rank reads its own
+    if loaded > hardware.host_memory_gb * 1e9 and not in_parts:
         found.append(
             f"each rank loads the whole model in float32 into main memory before it is spread: {copies} ranks of a node take "
             f"{size(loaded)} of its {size(hardware.host_memory_gb * 1e9)}; place fewer ranks on a node "
