@@ -23,7 +23,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
-from posttrain import advantages, distillation, grpo_job, rollout
+from posttrain import advantages, distillation, grpo_setup, rollout
 from posttrain.breaker import Verdict
 from posttrain.cli import run_stage
 from posttrain.grpo_job import GrpoJob
@@ -39,7 +39,7 @@ from posttrain.types import Sample
 
 def run(recipe: GrpoRecipe, *, resume: bool = False, allow_change: Sequence[str] = ()) -> int:
     """Train as the recipe says. Returns the exit code: 0, or 130 when a signal ended the run early."""
-    with graceful_stop() as stop, grpo_job.start(recipe, resume=resume, allow_change=allow_change) as job:
+    with graceful_stop() as stop, grpo_setup.start(recipe, resume=resume, allow_change=allow_change) as job:
         before = job.evaluation_before()
         with Progress("grpo", recipe.max_steps) as progress:
             train(job, stop, progress)

@@ -1,10 +1,10 @@
-"""What a GRPO run holds between steps, and how it is put together, logged, saved, evaluated and ended."""
+"""What a GRPO run holds between steps, and how it is logged, saved, evaluated and ended; posttrain/grpo_setup.py starts it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,25 +13,18 @@ from data.prompts import PromptStream
 from eval.report import write_report
 from eval.suite import EvalResult, eval_prompts, evaluate
 from posttrain import checkpoint
-from posttrain.audit import Look, RewardAudit, forget_looks, write_look
+from posttrain.audit import Look, RewardAudit, write_look
 from posttrain.best import BestCheckpoint
 from posttrain.breaker import Breaker, Verdict
 from posttrain.bundles import BundleKeeper
 from posttrain.curriculum import PassRates
-from posttrain.distillation import require_same_vocabulary
-from posttrain.episode_reward import episode_scorer
-from posttrain.episodes import episodes
 from posttrain.errors import RunInterrupted, RunStopped
-from posttrain.fault_log import FaultLog
-from posttrain.flight_recorder import LOGS, record
-from posttrain.grpo_resume import REFERENCES, reference_of, renewed_at, restore_prompts
+from posttrain.flight_recorder import record
+from posttrain.grpo_resume import REFERENCES
 from posttrain.metrics import Metric, MetricsLog
 from posttrain.parity import Mismatch
 from posttrain.progress import Progress, before_after_table, paths_written
-from posttrain.recipe import CriticSection, GrpoRecipe, ModelSection
-from posttrain.recipe_file import dump_recipe
-from posttrain.records import data_errors, load_records
-from posttrain.resume import made_with, start_from
+from posttrain.recipe import CriticSection, GrpoRecipe
 from posttrain.rollout import Carrying, Generate, Rollout, Score
 from posttrain.router_log import RouterLog
 from posttrain.run_dir import RunDir
@@ -42,7 +35,6 @@ from posttrain.types import Prompt, Sample, SamplingParams
 
 if TYPE_CHECKING:
     from posttrain.cluster import CriticGroup, LearnerGroup, SamplerPool, StepGauges
-    from posttrain.reward_pool import RewardPool
     from posttrain.weights import Publisher, Receipt
 
 
@@ -275,18 +267,21 @@ class GrpoJob:
     def save(self) -> None:
         """Write a checkpoint of the present step; `saver.settle` waits for its end. On a full disk the run goes on."""
         record("checkpoint", step=self.step)
-        parts = {
-            **{"audit": self.audit, "breaker": self.breaker, "best": self.best, "curriculum": self.rates},
-            **{"skips": self.skips, "critic_skips": self.critic_skips},
-        }
         state = {
             "prompts": self.cursor or self.prompts.state(),
             "reference_step": self.reference_step,
             **self.made_with,
-            **{name: part.state() for name, part in parts.items() if part is not None},
+            **{name: part.state() for name, part in self.kept_parts().items() if part is not None},
         }
         if self.saver.save(self.step, self._write, state, best=self.best.step if self.best else None):
             self.saved_step = self.step
+
+    def kept_parts(self) -> dict[str, Any]:
+        """What has a state of its own that goes into a checkpoint's progress, by its name there; None where it is not used."""
+        return {
+            **{"audit": self.audit, "breaker": self.breaker, "best": self.best, "curriculum": self.rates},
+            **{"skips": self.skips, "critic_skips": self.critic_skips},
+        }
 
     def _write(self, path: str) -> None:
         """The files of a checkpoint: the policy, and the critic in a directory of its own."""
@@ -336,174 +331,3 @@ class GrpoJob:
         if results:
             before_after_table(results)
         paths_written(self.run_dir.path, [self.run_dir.checkpoints / checkpoint.LATEST, report])
-
-
-@contextmanager
-def start(recipe: GrpoRecipe, *, resume: bool, allow_change: Sequence[str] = ()) -> Iterator[GrpoJob]:
-    """Start Ray, learner and samplers, publish the first version, and stop all of it at the end.
-
-    Raises:
-        RunStopped: resuming without a whole checkpoint, or with a recipe that means something else.
-        ParityError: the samplers do not hold the learner's weights at the start.
-    """
-    from posttrain.cluster import SamplerPool, StepGauges, session
-    from posttrain.model.load import load_tokenizer
-    from posttrain.reward_pool import RewardPool
-    from posttrain.weights import Publisher, canary_sequences
-
-    run_dir = RunDir(recipe.run_dir)
-    if not resume:
-        checkpoint.require_fresh(run_dir.checkpoints)
-    made = made_with(recipe)
-    begin = start_from(recipe, run_dir, made, allow_change, from_start=True) if resume else None
-    found = begin.path if begin else None
-    run_dir.write_recipe(dump_recipe(recipe))
-    run_dir.write_environment(recipe.seed)
-    for place in (recipe.model, recipe.teacher, recipe.critic):
-        if place is not None and place.model_name_or_path is not None:
-            checkpoint.require_sound(place.model_name_or_path)
-    path = str(found) if found else recipe.model.model_name_or_path
-    model = recipe.model.model_copy(update={"model_name_or_path": path})
-    assert path is not None
-    tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
-    if recipe.teacher is not None:
-        of_teacher = load_tokenizer(recipe.teacher.model_name_or_path, trust_remote_code=model.trust_remote_code)
-        require_same_vocabulary(tokenizer, of_teacher, recipe.teacher.model_name_or_path)
-    rates = PassRates(recipe.curriculum) if recipe.curriculum else None
-    with data_errors("datasets"):
-        prompts = PromptStream(
-            load_records(recipe.datasets, "train", recipe.seed),
-            tokenizer,
-            recipe.seed,
-            is_wanted=rates.is_wanted if rates else None,
-            by_level=recipe.curriculum is not None and recipe.curriculum.order == "level",
-        )
-    with session(recipe.ray_address, _cpus(recipe), run_dir.path / LOGS), ExitStack() as stack:
-        fault_log = FaultLog(run_dir.path)
-        samplers = SamplerPool(
-            model, recipe.sampler, recipe.seed, recipe.faults, recipe.rollout, origin=recipe.model, report=fault_log
-        )
-        reference = reference_of(recipe, run_dir.path, found)
-        learner = _learner(recipe, model, reference)
-        learner.report = fault_log
-        critic = _critic(recipe, model, found)
-        generate = stack.enter_context(
-            episodes(recipe.environment, samplers.generate, tokenizer, recipe.sampler.max_model_len)
-        )
-        rewards = RewardPool(recipe.rewards) if recipe.rewards else None
-        verifier = RewardPool([recipe.audit.verifier]) if recipe.audit else None
-        audit = RewardAudit(recipe.audit, verifier.score, recipe.seed) if recipe.audit and verifier else None
-        breaker = Breaker(recipe.breaker) if recipe.breaker else None
-        best = BestCheckpoint() if recipe.checkpoint.keep_best else None
-        nodes = {"learner": learner.wait_until_ready()}
-        learner.require_shared(str(run_dir.path.resolve()))
-        if critic is not None:
-            nodes["critic"] = critic.wait_until_ready()
-        nodes["sampler"] = samplers.wait_until_ready()
-        run_dir.write_environment(recipe.seed, nodes=nodes)
-        canary = canary_sequences(
-            len(tokenizer), recipe.parity.canary_sequences, recipe.parity.canary_length, recipe.seed
-        )
-        publisher = Publisher(learner, samplers, recipe.parity, canary)
-        step, progress = 0, {}
-        if begin is not None and found:
-            progress = checkpoint.load_progress(found)
-            step = progress["step"]
-            learner.restore(str(found.resolve()))
-            if critic is not None:
-                critic.restore(str(found.resolve() / CRITIC))
-            restore_prompts(prompts, progress["prompts"], begin)
-            for kept, part in (("audit", audit), ("breaker", breaker), ("best", best), ("curriculum", rates)):
-                if part is not None and kept in progress:
-                    part.restore(progress[kept])
-            run_dir.forget_samples(step)
-            forget_looks(run_dir.path, step)
-        log = MetricsLog(run_dir.path, recipe.report_to, resume_step=step if resume else None)
-        router_log = RouterLog(run_dir.path, resume_step=step if resume else None)
-        publisher.publish(step)
-        try:
-            job = GrpoJob(
-                recipe,
-                run_dir,
-                log,
-                router_log,
-                StepGauges(run_dir.path.name),
-                tokenizer,
-                prompts,
-                generate,
-                _score(recipe, rewards),
-                learner,
-                samplers,
-                publisher,
-                BundleKeeper(run_dir.path),
-                audit,
-                breaker,
-                critic,
-                best,
-                rates,
-                step,
-                saved_step=step,
-                reference_step=renewed_at(reference),
-                made_with=made,
-            )
-            for kept, watch in (("skips", job.skips), ("critic_skips", job.critic_skips)):
-                if kept in progress:
-                    watch.restore(progress[kept])
-            yield job
-        finally:
-            log.close()
-            for pool in (rewards, verifier):
-                if pool is not None:
-                    pool.stop()
-
-
-def _score(recipe: GrpoRecipe, rewards: RewardPool | None) -> Score:
-    """The rewards of the recipe, the environment's among them."""
-    if recipe.environment is not None:
-        return episode_scorer(recipe.environment, rewards.score if rewards else None)
-    assert rewards is not None  # the recipe sees to it
-    return rewards.score
-
-
-def _cpus(recipe: GrpoRecipe) -> float:
-    """What the actors of a run reserve."""
-    rewards = [*recipe.rewards, *([recipe.audit.verifier] if recipe.audit else [])]
-    trained = 2 if recipe.algorithm.baseline == "critic" else 1
-    engines = trained * recipe.learner.num_workers * recipe.learner.num_cpus + recipe.sampler.cpus
-    return engines + sum(reward.num_workers * reward.num_cpus for reward in rewards)
-
-
-def _learner(recipe: GrpoRecipe, model: ModelSection, reference_path: str | None) -> LearnerGroup:
-    from posttrain.cluster import LearnerGroup
-
-    return LearnerGroup(
-        recipe.learner,
-        model=model,
-        optimizer=recipe.optimizer,
-        reference_path=reference_path,
-        teacher_path=recipe.teacher.model_name_or_path if recipe.teacher else None,
-        origin=recipe.model.model_name_or_path,
-        lora=recipe.lora,
-        router_section=recipe.router,
-        temperature=recipe.rollout.temperature,
-        max_completion_length=recipe.rollout.max_completion_length,
-        total_steps=_total_steps(recipe),
-        seed=recipe.seed,
-    )
-
-
-def _critic(recipe: GrpoRecipe, model: ModelSection, resumed_from: Path | None) -> CriticGroup | None:
-    """The value model, where the recipe's algorithm has one."""
-    from posttrain.cluster import CriticGroup
-
-    if recipe.algorithm.baseline != "critic":
-        return None
-    section = recipe.critic or CriticSection()
-    if resumed_from is not None:
-        section = section.model_copy(update={"model_name_or_path": str(resumed_from.resolve() / CRITIC)})
-    return CriticGroup(recipe.learner, model=model, section=section, total_steps=_total_steps(recipe), seed=recipe.seed)
-
-
-def _total_steps(recipe: GrpoRecipe) -> int:
-    """Optimizer steps of the whole run."""
-    return recipe.max_steps * recipe.algorithm.num_minibatches * recipe.algorithm.num_iterations

@@ -57,12 +57,12 @@ def test_two_ranks_and_two_samplers_on_two_nodes(
     recipe: GrpoRecipe, policy_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ALLOWED, "1")  # both nodes are this machine, and the cluster lives as long as the test
-    from posttrain import grpo, grpo_job
+    from posttrain import grpo, grpo_setup
     from posttrain.interrupt import graceful_stop
     from posttrain.progress import Progress
 
     algorithm = AlgorithmSection(beta=0.05)
-    with graceful_stop() as stop, grpo_job.start(recipe, resume=False) as job:
+    with graceful_stop() as stop, grpo_setup.start(recipe, resume=False) as job:
         samples = scored(job, sampled(job))
         job.learner.forward_backward(samples, algorithm)
         spread = job.learner.gradients()
