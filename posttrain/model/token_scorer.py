@@ -181,8 +181,14 @@ def trunk(model: Any) -> Any:
 
 
 def _logits_twice(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """By the model, and by its head on its trunk's states."""
-    return model(**inputs).logits, model.get_output_embeddings()(trunk(model)(**inputs).last_hidden_state)
+    """By the model, and by its head on its trunk's states, in one pass: layers may have to be gathered from other ranks."""
+    states: list[torch.Tensor] = []
+    hook = trunk(model).register_forward_hook(lambda _, __, found: states.append(found.last_hidden_state))
+    try:
+        own = model(**inputs).logits
+    finally:
+        hook.remove()
+    return own, model.get_output_embeddings()(states[0])
 
 
 @torch.no_grad()
