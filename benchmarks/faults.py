@@ -43,6 +43,19 @@ REWARD = (
 )
 BUILD = "{hidden_size: 64, intermediate_size: 96, moe_intermediate_size: 32, num_hidden_layers: 2}"
 SAMPLER = "{num_workers: 2, max_model_len: 192, num_threads: 1, timeout_seconds: 30, max_restarts: 20, slow_factor: 5}"
+GRPO = f"""
+max_steps: 36
+model: {{model_name_or_path: HOME/policy/checkpoints/latest}}
+datasets: [{{task: letter_counting, levels: [1], size: 400}}]
+rewards: [{{func: "HOME/reward.py:score", name: accuracy}}]
+rollout: {{num_prompts: 8, num_generations: 8, max_completion_length: 96, request_seeds: true}}
+algorithm: {{num_minibatches: 2, beta: 0.0}}
+optimizer: {{learning_rate: 1.0e-3}}
+sampler: {SAMPLER}
+parity: {{canary_length: 32}}
+learner: {{row_length: 192, max_tokens_per_microbatch: 1536, num_threads: 1}}
+checkpoint: {{save_steps: 2}}
+"""
 RECIPES = {
     "sft": f"""
 model: {{build: {BUILD}}}
@@ -59,19 +72,9 @@ validation: {datasets: [{task: letter_counting, levels: [1], size: 40}], eval_st
 optimizer: {learning_rate: 2.0e-3}
 checkpoint: {save_steps: 10}
 """,
-    "grpo": f"""
-max_steps: 36
-model: {{model_name_or_path: HOME/policy/checkpoints/latest}}
-datasets: [{{task: letter_counting, levels: [1], size: 400}}]
-rewards: [{{func: "HOME/reward.py:score", name: accuracy}}]
-rollout: {{num_prompts: 8, num_generations: 8, max_completion_length: 96, request_seeds: true}}
-algorithm: {{num_minibatches: 2, beta: 0.0}}
-optimizer: {{learning_rate: 1.0e-3}}
-sampler: {SAMPLER}
-parity: {{canary_length: 32}}
-learner: {{row_length: 192, max_tokens_per_microbatch: 1536, num_threads: 1}}
-checkpoint: {{save_steps: 2}}
-""",
+    "grpo": GRPO,
+    # Weights, experts and optimizer in parts, of which each rank writes and reads its own.
+    "grpo-spread": GRPO.replace("learner: {", "learner: {num_workers: 2, parallel: fsdp, expert_parallel_size: 2, "),
     "distill": f"""
 teacher: {{model: {{model_name_or_path: HOME/policy/checkpoints/latest}}}}
 datasets: [{{task: letter_counting, levels: [1, 2, 3], size: 1000}}]
@@ -85,6 +88,7 @@ CHAINS = {
     "sft": [["driver"] * 5],
     "reward_model": [["driver"] * 5],
     "grpo": [["sampler"] * 4 + ["reward"] * 4, ["driver"] * 4 + ["learner"] * 4 + ["raylet"] * 4, ["hang", "slow"]],
+    "grpo-spread": [["driver"] * 4 + ["learner"] * 4],
     "distill": [["sampler"] * 4 + ["reward"] * 4, ["driver"] * 4 + ["raylet"] * 4, ["hang"]],
 }
 # Ray's names of the processes; a driver is a command of the stage.
@@ -101,9 +105,10 @@ class Run:
 
     def __init__(self, stage: str, home: Path, out: Path, *words: str) -> None:
         self.stage, self.out, self.mark = stage, out, uuid.uuid4().hex
+        self.module = f"posttrain.{command_of(stage)}"
         out.mkdir(parents=True, exist_ok=True)
         self.output = (out / "output.txt").open("ab")
-        command = [sys.executable, "-m", f"posttrain.{stage}", str(home / f"{stage}.yaml"), f"output_dir={out}"]
+        command = [sys.executable, "-m", self.module, str(home / f"{stage}.yaml"), f"output_dir={out}"]
         self.process = subprocess.Popen(
             [*command, *words],
             cwd=ROOT,
@@ -136,7 +141,7 @@ class Run:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return False
         if name == "driver":
-            return f"posttrain.{self.stage}" in words and "--max-restarts" not in words
+            return self.module in words and "--max-restarts" not in words
         return name in " ".join(words[:1] if name == "raylet" else words)
 
     def progress(self) -> int:
@@ -155,6 +160,11 @@ class Run:
                 raise RuntimeError(f"{self.out}: nothing came of {condition} within {seconds} s")
             time.sleep(0.05)
         return True
+
+
+def command_of(stage: str) -> str:
+    """The stage that a recipe of the bench is of."""
+    return stage.partition("-")[0]
 
 
 def progress(stage: str, out: Path) -> int:
@@ -241,7 +251,9 @@ def result_of(stage: str, out: Path) -> bytes:
     """Weights as they are in the file, or the dataset."""
     if stage == "distill":
         return json.dumps(pq.read_table(out / "dataset.parquet").to_pylist(), sort_keys=True, default=str).encode()
-    return (out / "checkpoints" / "latest" / "model.safetensors").read_bytes()
+    files = sorted((out / "checkpoints" / "latest").glob("model*.safetensors"))
+    assert files
+    return b"".join(file.read_bytes() for file in files)
 
 
 def compare(stage: str, out: Path, calm: Path) -> dict[str, Any]:
@@ -262,7 +274,7 @@ def prepare(home: Path, stages: Sequence[str]) -> None:
     home.mkdir(parents=True, exist_ok=True)
     (home / "reward.py").write_text(REWARD)
     for stage, text in RECIPES.items():
-        (home / f"{stage}.yaml").write_text(f"stage: {stage}\n" + text.replace("HOME", str(home)))
+        (home / f"{stage}.yaml").write_text(f"stage: {command_of(stage)}\n" + text.replace("HOME", str(home)))
     if not (home / "policy" / "summary.json").exists() and set(stages) - {"sft"}:
         Run("sft", home, home / "policy", "training.max_steps=5", "checkpoint.save_steps=0").finish()
 
@@ -281,7 +293,7 @@ def calm_run(home: Path, stage: str) -> tuple[Path, int]:
     """The run without faults, and how far it goes. One sampler is enough: completions have seeds of their own."""
     out = home / f"{stage}-calm"
     if not (out / "summary.json").exists():
-        words = ["sampler.num_workers=1"] if stage in ("grpo", "distill") else []
+        words = ["sampler.num_workers=1"] if "sampler" in RECIPES[stage] else []
         Run(stage, home, out, *words).finish()
     return out, progress(stage, out)
 
