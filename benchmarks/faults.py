@@ -1,6 +1,6 @@
 """What a run loses when its parts are killed: real runs of each stage, faults at random moments, compared with a calm run.
 
-    python benchmarks/faults.py [--tries 5] [--stages sft reward_model grpo distill] [--faults driver sampler ...] [--quick]
+    python benchmarks/faults.py [--tries 5] [--stages sft grpo ...] [--faults driver sampler ...] [--quick]
 
 Of each stage a calm run comes first. A try is a run under `--max-restarts` with the faults of one chain, each at a random
 moment after the one before: those that the run survives (a sampler killed, stopped or slowed down to a tenth; a reward's actor
