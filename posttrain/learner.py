@@ -107,12 +107,7 @@ class Learner:
         self._model.train()
         if learner.share_prompts:
             require_shareable(self._model)
-        self._scorer = TokenScorer(self._model, learner.logits_chunk, self._context)
-        if self._is_spread:
-            learner_parallel.shard(self._scorer, self._accelerator, learner.expert_parallel_size)
-            self._policy.fill(self._accelerator.device)
-            self._scorer.require_plain_head()
-            learner_parallel.release(self._scorer)
+        self._scorer = self._scorer_of(self._model, model.model_name_or_path)
         raw_optimizer = torch.optim.AdamW(
             decay_groups(self._model, optimizer.weight_decay),
             lr=optimizer.learning_rate,
@@ -336,7 +331,12 @@ class Learner:
                 optimizer_files.write_part(Path(path), spread, self.rank, self._accelerator.num_processes)
         if self.rank == 0:
             self._policy.save(path, self._tokenizer)
-            state = {"optimizer": optimizer, "scheduler": self._scheduler.state_dict(), "rng": generators}
+            state = {
+                "optimizer": optimizer,
+                "optimizer_parts": self._accelerator.num_processes if self._is_spread else 0,
+                "scheduler": self._scheduler.state_dict(),
+                "rng": generators,
+            }
             torch.save(state, Path(path) / "trainer_state.pt")
 
     def restore(self, path: str | Path) -> None:
@@ -350,7 +350,8 @@ class Learner:
 
     def _restore_state(self, path: str | Path) -> dict[str, Any]:
         state = torch.load(Path(path) / "trainer_state.pt", map_location="cpu", weights_only=True, mmap=True)
-        optimizer_files.load_state(self._optimizer, state["optimizer"], Path(path))
+        parts = state.get("optimizer_parts", 0)  # written before there were any
+        optimizer_files.load_state(self._optimizer, state["optimizer"], Path(path), parts)
         if self._learner.offload_optimizer:
             learner_offload.move_state(self._optimizer, learner_offload.HOME)
         self._scheduler.load_state_dict(state["scheduler"])
@@ -390,11 +391,18 @@ class Learner:
 
     def _load_frozen(self, path: str) -> TokenScorer:
         model = load_weights(self._section, path, spread=self._is_spread).requires_grad_(False).eval()
+        scorer = self._scorer_of(model, path)
+        return scorer if self._learner.offload_reference else scorer.to(self._accelerator.device)
+
+    def _scorer_of(self, model: Any, path: str) -> TokenScorer:
+        """A model that scores; one that is to be spread over ranks is so now, and gets the weights at `path`."""
         scorer = TokenScorer(model, self._learner.logits_chunk, self._context)
         if self._is_spread:
             learner_parallel.shard(scorer, self._accelerator, self._learner.expert_parallel_size)
             fill(model, path, self._accelerator.device)
-        return scorer if self._learner.offload_reference else scorer.to(self._accelerator.device)
+            scorer.require_plain_head()
+            learner_parallel.release(scorer)
+        return scorer
 
 
 def _accumulate(metrics: dict[str, Metric], sums: Mapping[str, torch.Tensor], denominator: float) -> None:

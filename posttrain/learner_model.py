@@ -43,7 +43,7 @@ class LearnerPolicy:
         adapters: None trains all weights.
         seed: of the adapters' start.
         gradient_checkpointing: compute layers again in the backward pass.
-        spread: it is to be spread over ranks, and `fill`ed then.
+        spread: it has no weights yet: it is to be spread over ranks, and filled then (posttrain/model/spread_files.py).
 
     Raises:
         ValueError: see `posttrain.model.lora.apply_lora`.
@@ -60,10 +60,11 @@ class LearnerPolicy:
         spread: bool,
     ) -> None:
         assert section.model_name_or_path is not None
-        self._path = section.model_name_or_path
+        path = section.model_name_or_path if adapters is None else origin
         self._origin = origin
         self._is_spread = spread
-        self.model = load_weights(section, self._path if adapters is None else origin, spread=spread)
+        self.model = load_weights(section, path, spread=spread)
+        load.require_tied(self.model, path)
         self._adapted: PeftModel | None = None
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -80,10 +81,6 @@ class LearnerPolicy:
     @property
     def has_adapters(self) -> bool:
         return self._adapted is not None
-
-    def fill(self, device: torch.device) -> None:
-        """Read the weights, each rank its part; once the model is spread."""
-        spread_files.fill(self.model, self._path, device)
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
@@ -110,7 +107,9 @@ class LearnerPolicy:
 
     def _parts(self) -> list[dict[str, torch.Tensor]]:
         """The model's tensors by layer, those outside the layers one by one."""
-        return list(spread_files.by_layer(self.model.state_dict()).values())
+        tied = load.tied_names(self.model)
+        tensors = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
+        return list(spread_files.by_layer(tensors).values())
 
     def write_parts(self, path: str | Path, rank: int, ranks: int) -> None:
         """Where weights are spread: write the layers that this rank gathers, into a file each. Collective, and before `save`.

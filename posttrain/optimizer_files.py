@@ -54,25 +54,34 @@ def write_part(directory: Path, spread: Mapping[str, DTensor], rank: int, ranks:
     save_file(tensors, path, metadata={"regions": json.dumps(regions)})
 
 
-def load_state(optimizer: Any, state: Mapping[str, Any], directory: Path) -> None:
+def load_state(optimizer: Any, state: Mapping[str, Any], directory: Path, count: int) -> None:
     """Put back what was saved, each rank its part.
 
     Args:
         optimizer: of parameters that are spread or not.
         state: whole, or the first of `local_state`; then the rest is in the directory's parts.
         directory: of the checkpoint.
+        count: of parts.
 
     Raises:
         ValueError: parts are missing, or of another model.
     """
+    held, saved = (
+        [len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state["param_groups"])
+    )
+    if held != saved:
+        raise ValueError(
+            f"{directory}: the optimizer's state is of {saved} parameters (with and without weight decay), and {held} are "
+            f"trained now; resume with the recipe that the run was started with"
+        )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     found = {
         index: {name: _own_part(value, parameters[index]) for name, value in values.items()}
         for index, values in state["state"].items()
     }
-    if (directory / DIRECTORY).is_dir():
+    if count:
         with ExitStack() as stack:
-            parts = _Parts(directory / DIRECTORY, stack)
+            parts = _Parts(directory / DIRECTORY, count, stack)
             for key in parts.names():
                 index, _, name = key.partition(".")
                 found[int(index)][name] = parts.read(key, parameters[int(index)])
@@ -82,10 +91,9 @@ def load_state(optimizer: Any, state: Mapping[str, Any], directory: Path) -> Non
 class _Parts:
     """The parts of a directory as one."""
 
-    def __init__(self, directory: Path, stack: ExitStack) -> None:
-        paths = sorted(directory.glob("optimizer-*.safetensors"))
-        count = int(paths[0].stem.rpartition("-")[2]) if paths else 0
-        if not paths or len(paths) != count:
+    def __init__(self, directory: Path, count: int, stack: ExitStack) -> None:
+        paths = sorted(directory.glob(f"optimizer-*-of-{count:05d}.safetensors"))
+        if len(paths) != count:
             raise ValueError(f"{directory} has {len(paths)} of {count} parts; copy the checkpoint again")
         self._directory = directory
         self._places: dict[str, list[tuple[Any, Region]]] = {}

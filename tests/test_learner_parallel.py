@@ -35,12 +35,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make(checkpoint: Path, path: Path | None = None, **section: Any) -> Learner:
+def make(checkpoint: Path, path: Path | None = None, teacher_path: str | None = None, **section: Any) -> Learner:
     return Learner(
         model=ModelSection(model_name_or_path=str(path or checkpoint), experts_implementation="eager"),
         optimizer=OptimizerSection(learning_rate=1e-2, max_grad_norm=0.1),
         learner=LearnerSection(**section),
         reference_path=str(checkpoint),
+        teacher_path=teacher_path,
         router_section=GrpoRouterSection(bias_update_speed=0.01),
         temperature=1.0,
         max_completion_length=16,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -28,10 +34,12 @@ from transformers import (
 )
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from posttrain import disk, learner_parallel
+from posttrain import disk, learner_parallel, optimizer_files
 from posttrain.collectives import all_or_none
+from posttrain.learner_model import LearnerPolicy
 from posttrain.model import load, spread_files
 from posttrain.model.token_scorer import TokenScorer
+from posttrain.recipe import ModelSection
 from tests.oracles.grpo_loss import tiny_policy
 
 HOW: dict[str, Any] = {
@@ -43,7 +51,7 @@ SIZES: dict[str, Any] = {
     **{"vocab_size": 40, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2},
     **{"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16},
 }
-LAYOUTS = [(2, 1), (2, 2), (4, 2)]  # ranks, and those that divide experts
+LAYOUTS = [(2, 1), (2, 2), (3, 1), (4, 2)]  # ranks, and those that divide experts: one of three has none of four
 
 
 def models() -> dict[str, PreTrainedModel]:
@@ -90,7 +98,7 @@ def read_and_write(rank: int, ranks: int, port: int, group: int, checkpoints: Pa
             spread_files.fill(model, str(path), accelerator.device)
         tensors = {**model.state_dict(), **dict(model.named_buffers())}
         whole = learner_parallel.gather(tensors, keep=True)
-        assert all(p.to_local().numel() <= p.numel() / ranks + 32 for p in model.parameters())
+        assert all(p.to_local().numel() <= p.numel() / len(p) * -(-len(p) // ranks) + 32 for p in model.parameters())
         target = out / path.name
         target.mkdir(exist_ok=True)
         parts = list(model.state_dict().items())
@@ -138,10 +146,103 @@ def test_what_is_missing_is_said(checkpoints: Path, tmp_path: Path) -> None:
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(ValueError, match=r"all weights of a Qwen3MoeForCausalLM.*layers.1.self_attn.q_proj.weight"):
         spread_files.fill(spread_files.outline(str(path), **HOW), str(path), torch.device("cpu"))
+    held = spread_files.outline(str(checkpoints / "qwen"), **HOW)
+    spread_files.fill(held, str(checkpoints / "qwen"), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj.weight"):  # also where there are values already
+        spread_files.fill(held, str(path), torch.device("cpu"))
     tensors["model.layers.1.self_attn.q_proj.weight"] = lost[:-1]
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(ValueError, match=r"or in other shapes.*layers.1.self_attn.q_proj.weight"):
         spread_files.fill(spread_files.outline(str(path), **HOW), str(path), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_more_or_fewer_experts_than_the_model_has(tmp_path: Path, change: int) -> None:
+    models()["qwen"].save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for kind in ("gate", "up", "down"):
+        name = f"model.layers.1.mlp.experts.{{}}.{kind}_proj.weight"
+        if change > 0:
+            tensors[name.format(4)] = tensors[name.format(3)].clone()
+        else:
+            del tensors[name.format(1)]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{4 + change} tensors for model.layers.1.mlp.experts.*the model has 4 there"):
+        spread_files.fill(spread_files.outline(str(tmp_path), **HOW), str(tmp_path), torch.device("cpu"))
+
+
+def test_other_files_than_safetensors_are_refused(checkpoints: Path, tmp_path: Path) -> None:
+    shutil.copy(checkpoints / "qwen" / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+    with pytest.raises(ValueError, match=r"no .safetensors files; convert"):
+        spread_files.fill(spread_files.outline(str(tmp_path), **HOW), str(tmp_path), torch.device("cpu"))
+
+
+def test_a_head_that_the_config_says_is_the_embedding(tmp_path: Path) -> None:
+    models()["dense, tied"].save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="tie_word_embeddings: true, and the files hold a head"):
+        spread_files.fill(spread_files.outline(str(tmp_path), **HOW), str(tmp_path), torch.device("cpu"))
+    with pytest.raises(ValueError, match="tie_word_embeddings: true, and the files hold a head"):
+        LearnerPolicy(
+            ModelSection(model_name_or_path=str(tmp_path)),
+            str(tmp_path),
+            None,
+            seed=0,
+            gradient_checkpointing=False,
+            spread=False,
+        )
+
+
+CODE = """
+from transformers import LlamaForCausalLM
+from .configuration_own import OwnConfig
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+CONFIG_CODE = """
+from transformers import LlamaConfig
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+"""
+
+
+@pytest.mark.parametrize("case", ["no generation_config", "old settings", "own code"])
+def test_what_lies_beside_the_weights_is_the_same(tmp_path: Path, case: str) -> None:
+    source, whole, parts = (tmp_path / name for name in ("source", "whole", "parts"))
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    how = HOW | {"trust_remote_code": case == "own code"}
+    if case != "own code":
+        (source / "generation_config.json").unlink()
+    if case == "old settings":
+        config |= {"temperature": 0.6, "do_sample": True, "max_length": 77}
+    if case == "own code":
+        (source / "modeling_own.py").write_text(CODE)
+        (source / "configuration_own.py").write_text(CONFIG_CODE)
+        names = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+        config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": names}
+    (source / "config.json").write_text(json.dumps(config))
+    for out in (whole, parts):
+        out.mkdir()
+    load.save_policy(load.load_policy(str(source), dtype="float32", **how), _NoTokenizer(), whole)
+    model = spread_files.outline(str(source), **how)
+    spread_files.fill(model, str(source), torch.device("cpu"))
+    spread_files.write(model, parts, [model.state_dict()], 1)
+    spread_files.write_index(parts, 1)
+    load.save_config(model, _NoTokenizer(), parts)
+    beside = [
+        {path.name: path.read_text() for path in out.iterdir() if ".safetensors" not in path.name}
+        for out in (whole, parts)
+    ]
+    assert beside[0] == beside[1]
+    found = [load.load_policy(str(out), dtype="float32", **how).state_dict() for out in (whole, parts)]
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 def refused(rank: int, port: int, path: Path) -> list[str]:
@@ -201,6 +302,43 @@ def test_a_rank_without_room_is_heard_of_by_all(tmp_path: Path) -> None:
     assert [full for full, _ in found] == [True, True] and "rank 1 failed" in found[0][1]
     assert not (out / "torn" / "trainer_state.pt").exists()
     load.load_policy(str(out / "whole"), dtype="float32", **HOW)
+
+
+def with_a_teacher(rank: int, port: int, path: Path, teacher: Path) -> str:
+    join(rank, 2, port)
+    try:
+        make(path, num_workers=2, parallel="fsdp", logits_chunk=8, teacher_path=str(teacher))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_teacher_whose_head_does_more_is_refused_when_it_has_weights(tmp_path: Path) -> None:
+    from data.chat import build_tokenizer
+
+    path, teacher = tmp_path / "policy", tmp_path / "teacher"
+    tiny_policy().save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)).save_pretrained(teacher)
+    port = free_port()
+    said = on_processes(2, lambda pool, rank: pool.submit(with_a_teacher, rank, port, path, teacher))
+    assert all("GraniteForCausalLM does more to its logits" in text for text in said)
+
+
+@pytest.mark.parametrize("lost", ["part", "directory"])
+def test_parts_of_the_optimizer_that_are_not_there(tmp_path: Path, lost: str) -> None:
+    save_file({}, tmp_path / "optimizer-00001-of-00002.safetensors", metadata={"regions": "{}"})
+    if lost == "part":
+        (tmp_path / "optimizer").mkdir()
+        (tmp_path / "optimizer-00001-of-00002.safetensors").rename(
+            tmp_path / "optimizer" / "optimizer-00001-of-00002.safetensors"
+        )
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
+    with pytest.raises(ValueError, match=f"has {int(lost == 'part')} of 2 parts; copy the checkpoint again"):
+        optimizer_files.load_state(optimizer, optimizer.state_dict(), tmp_path, 2)
+    two = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))])
+    with pytest.raises(ValueError, match=r"state is of \[2\] parameters.*and \[1\] are trained now"):
+        optimizer_files.load_state(optimizer, two.state_dict(), tmp_path, 0)
 
 
 def test_a_file_of_another_rank_that_is_not_here(tmp_path: Path) -> None:

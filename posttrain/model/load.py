@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
 
 from posttrain.quantized import require_trainable
 
@@ -126,6 +127,8 @@ def save_config(model: Any, tokenizer: Any, path: str | Path) -> None:
     """What `save_policy` writes, but for the weights."""
     _complete_config(model)
     model.config.architectures = [type(model).__name__]
+    if model._auto_class is not None:  # its code is the checkpoint's own
+        custom_object_save(model, path, config=model.config)
     model.config.save_pretrained(path)
     if model.can_generate():
         model.generation_config.save_pretrained(path)
@@ -141,6 +144,26 @@ def _complete_config(model: Any) -> None:
         model.config.num_nextn_predict_layers = 0
 
 
+def tied_names(model: Any) -> set[str]:
+    """Of live tensors that are others by another name, and in no checkpoint."""
+    is_tied = getattr(model.config, "tie_word_embeddings", False)
+    return set(getattr(model, "_tied_weights_keys", None) or ()) if is_tied else set()
+
+
+def require_tied(model: Any, path: str) -> None:
+    """Refuse a checkpoint that says its head is the embedding, and has another one: it would be lost on the way to others.
+
+    Raises:
+        ValueError: that is so.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if tied_names(model) and head is not None and head.weight is not embedding.weight:
+        raise ValueError(
+            f"{path}: config.json says tie_word_embeddings: true, and the files hold a head that is not the embedding; set it "
+            f"to false there, or remove the head"
+        )
+
+
 def checkpoint_tensors(
     model: Any, state_dict: Mapping[str, torch.Tensor] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -154,9 +177,8 @@ def checkpoint_tensors(
     """
     weights = model.state_dict() if state_dict is None else state_dict
     live = {name: tensor for name, tensor in weights.items() if not name.startswith("mtp.")}
-    if getattr(model.config, "tie_word_embeddings", False):
-        for name in getattr(model, "_tied_weights_keys", None) or ():
-            live.pop(name, None)
+    for name in tied_names(model):
+        live.pop(name, None)
     named = revert_weight_conversion(model, live)
     for name in sorted(named):
         yield name, named[name].detach()

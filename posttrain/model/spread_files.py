@@ -8,8 +8,9 @@ has gathered that part, so all ranks must see the directory.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,13 +25,16 @@ from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
     WeightConverter,
+    WeightRenaming,
     convert_and_load_state_dict_in_model,
+    rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
 from posttrain.errors import RunStopped
 from posttrain.model.checkpoint_files import shard_name, write_shard
-from posttrain.model.load import checkpoint_tensors, require_loadable, set_experts_implementation
+from posttrain.model.load import checkpoint_tensors, require_loadable, require_tied, set_experts_implementation
 from posttrain.model.mtp_files import index_files, tensor_files
 
 T = TypeVar("T")
@@ -53,8 +57,9 @@ def outline(path: str, *, attn_implementation: str, experts_implementation: str,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-    with suppress(OSError):  # there is none
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    for file, settings in ((CONFIG_NAME, {"_from_model_config": True}), (GENERATION_CONFIG_NAME, {})):
+        with suppress(OSError):  # there is none, or a broken one, which `from_pretrained` would pass over as well
+            model.generation_config = GenerationConfig.from_pretrained(path, file, **settings)
     set_experts_implementation(model, experts_implementation)
     return model.eval()
 
@@ -69,31 +74,40 @@ def fill(model: Any, path: str, device: torch.device) -> None:
         device: of the weights.
 
     Raises:
-        ValueError: weights are missing or of another shape, or the model joins several of the checkpoint's tensors along the
-            dimension that it is spread in.
+        ValueError: there are no .safetensors files, weights are missing or of another shape, a layer has more or fewer experts
+            than the model, or the model joins several of the checkpoint's tensors along the dimension that it is spread in.
     """
     directory = Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=["*.safetensors*"]))
+    files = tensor_files(directory)
+    if not files:
+        raise ValueError(f"{path} has no .safetensors files; convert the weights to safetensors first")
     mapping = get_model_conversion_mapping(model)
     _require_whole_joints(model, mapping)
+    _require_all_pieces(model, mapping, files, path)
+    empty = _give_nothing_memory(model, device)
     held = dict(_tensors(model))
     with ExitStack() as stack:
         # Not mapped into memory: pages of a file that was read count as the process's own.
         opened = {
             file: stack.enter_context(safe_open(file, framework="pt", backend="pread"))
-            for file in sorted(set(tensor_files(directory).values()))
+            for file in sorted(set(files.values()))
         }
+        stack.enter_context(_no_progress_bar())
         wrong: list[str] = []
+        missing = set(model.state_dict())
         # A layer at a time: transformers reads ahead of what it puts together.
-        for names in by_layer(tensor_files(directory)).values():
+        for names in by_layer(files).values():
             found, _ = convert_and_load_state_dict_in_model(
                 model,
                 {name: opened[file].get_slice(name) for name, file in names.items()},
                 LoadStateDictConfig(dtype=torch.float32, device_map={"": device}, weight_mapping=mapping),
             )
-            wrong += [*map(str, found.mismatched_keys), *found.conversion_errors]
+            missing &= found.missing_keys
+            wrong += [*map(str, found.mismatched_keys), *(found.conversion_errors.keys() - empty)]
             _put_back(model, held)
-    model.tie_weights()
-    wrong += [name for name, tensor in _tensors(model) if tensor.is_meta]
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    require_tied(model, path)
+    wrong += sorted(missing - empty)
     if wrong:
         raise ValueError(
             f"{path} does not have all weights of a {type(model).__name__}, or in other shapes: {wrong[:3]}"
@@ -160,6 +174,31 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers()
 
 
+def _give_nothing_memory(model: Any, device: torch.device) -> set[str]:
+    """Names of the parameters of which this rank keeps nothing: with fewer experts than ranks none can be stacked."""
+    names = set()
+    for name, tensor in list(model.named_parameters()):
+        if isinstance(tensor, DTensor) and not tensor.to_local().numel():
+            names.add(name)
+            if tensor.is_meta:
+                where, _, last = name.rpartition(".")
+                new = torch.nn.Parameter(torch.empty_like(tensor, device=device), requires_grad=tensor.requires_grad)
+                setattr(model.get_submodule(where), last, new)
+    return names
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers would show one for each layer."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _put_back(model: Any, held: Mapping[str, torch.Tensor]) -> None:
     """Let a model keep its tensors, which an optimizer knows, with the values of those that have taken their place."""
     for name, tensor in held.items():
@@ -191,6 +230,27 @@ def _require_whole_joints(model: Any, mapping: list[Any]) -> None:
                         f"learner.parallel: fsdp: {name}, spread in dimension {min(spread)}, is made of a checkpoint's "
                         f"tensors by {operation}, which ranks cannot do with parts of them; set learner.parallel: ddp"
                     )
+
+
+def _require_all_pieces(model: Any, mapping: list[Any], names: Iterable[str], path: str) -> None:
+    """Refuse a checkpoint with more or fewer experts than the model: no rank would miss what belongs to none."""
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    stacks = {
+        pattern
+        for converter in converters
+        if isinstance(converter.operations[0], MergeModulelist)
+        and all(isinstance(other, Concatenate) and other.dim for other in converter.operations[1:])
+        for pattern in converter.source_patterns
+    }
+    live = model.state_dict()
+    found = Counter(rename_source_key(name, renamings, converters, model.base_model_prefix, live) for name in names)
+    for (target, pattern), count in found.items():
+        if pattern in stacks and target in live and count != len(live[target]):
+            raise ValueError(
+                f"{path} has {count} tensors for {target} ({pattern}), and the model has {len(live[target])} there; copy the "
+                f"checkpoint again, or give the config.json that belongs to it"
+            )
 
 
 def _spread_dims(tensor: torch.Tensor) -> set[int]:
