@@ -220,10 +220,13 @@ def test_the_plan_of_671b() -> None:
         "activations",
         "a sampler of this recipe is 8 GPU(s)",
         "a sampler is on one node, which has 8",
-        "into main memory",
         "rollout.max_lag: 1",
     ):
         assert part in said, part
+    assert "into main memory" not in said  # each rank reads its own part
+    whole = make_plan(v3("learner.parallel=ddp", "learner.expert_parallel_size=1"), assumed(mean_length=8192.0))
+    assert "8 ranks of a node take 19.5 TiB of its" in (said := "\n".join(whole.warnings))
+    assert "set learner.parallel: fsdp" in said
 
 
 def test_the_plan_of_divided_rows() -> None:

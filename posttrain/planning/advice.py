@@ -33,9 +33,13 @@ def learner_advice(training: Training, parts: Sequence[Quantity], hardware: Hard
     in_parts = stage == "grpo" and training.sharded  # each rank reads its own
     if loaded > hardware.host_memory_gb * 1e9 and not in_parts:
         found.append(
-            f"each rank loads the whole model in float32 into main memory before it is spread: {copies} ranks of a node take "
-            f"{size(loaded)} of its {size(hardware.host_memory_gb * 1e9)}; place fewer ranks on a node "
-            f"(learner.placement: spread, learner.num_cpus), which helps until one copy is too large"
+            f"each rank loads the whole model in float32 into main memory first: {copies} ranks of a node take {size(loaded)} "
+            f"of its {size(hardware.host_memory_gb * 1e9)}; "
+            + (
+                "set learner.parallel: fsdp with learner.num_workers: 2 or more, where each reads its own part"
+                if stage == "grpo"
+                else "start fewer ranks on a node, which helps until one copy is too large"
+            )
         )
     if training.width > 16384 and training.context_parallel == 1:
         found.append(
