@@ -162,10 +162,12 @@ def _save_policy(job: GrpoJob, path: Path) -> bool:
     receipts = job.publisher.receipts
     if receipts and receipts[0].num_bytes > MOST_WEIGHTS:
         return False
+    from posttrain.optimizer_files import DIRECTORY
+
     path.mkdir()
     job.learner.save(str(path.resolve()))
     (path / "trainer_state.pt").unlink(missing_ok=True)  # the optimizer has no part in loss and gradient
-    shutil.rmtree(path / "optimizer", ignore_errors=True)
+    shutil.rmtree(path / DIRECTORY, ignore_errors=True)
     return True
 
 

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME
 
-from posttrain.disk import write_atomically
-from posttrain.model.mtp_files import tensor_files
+from posttrain.model.mtp_files import index_files, tensor_files
 
 DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
@@ -150,12 +149,13 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def write_index(directory: Path, shards: Sequence[Sequence[Sequence[TensorInfo]]]) -> None:
-    """model.safetensors.index.json."""
-    weight_map, size = {}, 0
-    for number, groups in enumerate(shards):
-        for group in groups:
-            for info in group:
-                weight_map[info.name] = shard_name(number, len(shards))
-                size += info.num_bytes
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    write_atomically(directory / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    """model.safetensors.index.json, once the shards are there."""
+    index_files(
+        directory,
+        {
+            info.name: directory / shard_name(number, len(shards))
+            for number, groups in enumerate(shards)
+            for group in groups
+            for info in group
+        },
+    )

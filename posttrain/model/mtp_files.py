@@ -56,9 +56,9 @@ def tensor_files(directory: Path) -> dict[str, Path]:
 
 
 def index_files(directory: Path, files: Mapping[str, Path]) -> None:
-    """Write the index that says which of the directory's files holds which tensor."""
+    """Write the index that says which of the directory's files, which are there, holds which tensor."""
     size = sum(_data_bytes(file) for file in set(files.values()))
-    weight_map = {name: file.name for name, file in sorted(files.items())}
+    weight_map = {name: file.name for name, file in files.items()}
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_atomically(directory / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
@@ -124,7 +124,7 @@ def add_layer(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     # and misses announced ones only when it is asked to draft.
     write_atomically(directory / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
     partial.replace(ours)
-    index_files(directory, trunk | dict.fromkeys(tensors, ours))
+    index_files(directory, dict(sorted((trunk | dict.fromkeys(tensors, ours)).items())))
 
 
 def _apart(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -153,7 +153,7 @@ def write_index(directory: Path, count: int) -> None:
             f"{directory}: {len(missing)} of {count} files with weights are not here, {missing[0]} first: each learner rank "
             f"writes its own, so give an output_dir on a file system that all nodes share"
         )
-    index_files(directory, tensor_files(directory))
+    index_files(directory, dict(sorted(tensor_files(directory).items())))
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------
