@@ -21,24 +21,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.learner_groups import MIB, memory, settle
+from benchmarks.learner_groups import MIB, memory, policy_config, settle
 
 
 def build(directory: Path, options: argparse.Namespace) -> int:
     """Write the policy. Returns its bytes."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    from transformers import DeepseekV3ForCausalLM
 
     from data.chat import build_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    config = DeepseekV3Config(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, moe_intermediate_size=512,
-        num_hidden_layers=options.layers, num_attention_heads=8, num_key_value_heads=8, n_routed_experts=options.experts,
-        num_experts_per_tok=4, n_group=1, topk_group=1, first_k_dense_replace=1, kv_lora_rank=64, q_lora_rank=None,
-        qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32, max_position_embeddings=4096,
-    )  # fmt: skip
-    model = DeepseekV3ForCausalLM(config)
+    model = DeepseekV3ForCausalLM(policy_config(len(tokenizer), 4096, options))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return sum(p.numel() * p.element_size() for p in model.parameters())

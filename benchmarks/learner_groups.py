@@ -45,10 +45,22 @@ def settle() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def policy_config(vocab_size: int, tokens: int, options: argparse.Namespace) -> Any:
+    """Of a DeepSeek-V3 whose experts are most of it, for rows of so many tokens."""
+    from transformers import DeepseekV3Config
+
+    return DeepseekV3Config(
+        vocab_size=vocab_size, hidden_size=256, intermediate_size=512, moe_intermediate_size=512,
+        num_hidden_layers=options.layers, num_attention_heads=8, num_key_value_heads=8, n_routed_experts=options.experts,
+        num_experts_per_tok=4, n_group=1, topk_group=1, first_k_dense_replace=1, kv_lora_rank=64, q_lora_rank=None,
+        qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32, max_position_embeddings=tokens,
+    )  # fmt: skip
+
+
 def measure(layout: str, options: argparse.Namespace) -> dict[str, float]:
     """On this rank."""
     from accelerate import Accelerator
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    from transformers import DeepseekV3ForCausalLM
 
     from posttrain import learner_parallel
     from posttrain.context_parallel import ContextParallel
@@ -58,15 +70,9 @@ def measure(layout: str, options: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     experts, rows = LAYOUTS[layout]
-    config = DeepseekV3Config(
-        vocab_size=1024, hidden_size=256, intermediate_size=512, moe_intermediate_size=512,
-        num_hidden_layers=options.layers, num_attention_heads=8, num_key_value_heads=8, n_routed_experts=options.experts,
-        num_experts_per_tok=4, n_group=1, topk_group=1, first_k_dense_replace=1, kv_lora_rank=64, q_lora_rank=None,
-        qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32, max_position_embeddings=options.tokens,
-    )  # fmt: skip
     settle()
     start = memory("VmRSS")
-    model = DeepseekV3ForCausalLM(config)
+    model = DeepseekV3ForCausalLM(policy_config(1024, options.tokens, options))
     model.set_experts_implementation("grouped_mm")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
